@@ -1,0 +1,35 @@
+"""fxrpg: models whose weights are generated from a few free numbers."""
+
+import importlib
+import pkgutil
+
+for _folder in ("generators", "kernels"):  # each file registers itself: a method, a layer
+    _package = importlib.import_module(f"fxrpg.{_folder}")
+    for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
+        importlib.import_module(_module.name)
+
+from fxrpg.api import materialize, transform  # noqa: E402
+from fxrpg.checkpoint import load, save  # noqa: E402
+from fxrpg.errors import FxrpgError  # noqa: E402
+from fxrpg.explain import explain  # noqa: E402
+from fxrpg.fit import fit  # noqa: E402
+from fxrpg.generators.ring import Ring  # noqa: E402
+from fxrpg.ledger import ledger  # noqa: E402
+from fxrpg.lowering import lowering_mode  # noqa: E402
+from fxrpg.plan import Rule  # noqa: E402
+from fxrpg.version import __version__  # noqa: E402
+
+__all__ = [
+    "FxrpgError",
+    "Ring",
+    "Rule",
+    "__version__",
+    "explain",
+    "fit",
+    "ledger",
+    "load",
+    "lowering_mode",
+    "materialize",
+    "save",
+    "transform",
+]

@@ -1,0 +1,164 @@
+"""The ring (RPG): every weight reads a permuted, sign-reflected stretch of one cyclic parameter vector.
+
+Recurrent Parameter Generators, arXiv:2107.07110, Eq. 1-3 and Section 3, "Even Parameter Distribution".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxrpg.errors import FxrpgError
+from fxrpg.generator import Generator, View
+from fxrpg.hashing import CELL, INIT, PERMUTE, SIGN, Bijection, near_normal, random_words, words_at
+
+BLOCKS = (1, 8, 16, 32, 64)
+LAYOUTS = ("arc", "shuffle", "hash")
+
+_ALL_TENSORS = 0xFFFFFFFF  # the "tensor id" of the one permutation that `shuffle` shares between weights
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ring(Generator):
+    """A shared ring of N free numbers; `dof` = N.
+
+    Logical elements are grouped in blocks of `block`; element i of block b reads cell `(pi(b) * block + i) mod N`, and
+    each element has its own sign. With pi a bijection every cell is used floor or ceil of M/N times (arXiv:2107.07110,
+    Section 3), where M counts the weights, padded to whole blocks.
+
+    Args:
+        block: 1 (the paper's element-wise ring), 8, 16, 32 or 64 consecutive elements that stay together.
+        layout: "arc": each weight permutes its own stretch of the ring (Fig. 1, Eq. 3); "shuffle": one permutation over
+            all weights (the authors' code); "hash": hashed cells, used unevenly (HashedNets), as a baseline.
+        permute: False leaves blocks in order (the paper's ablation).
+        reflect: False leaves out the signs (the paper's ablation).
+    """
+
+    method: ClassVar[str] = "ring"
+    state_name: ClassVar[str] = "fxrpg_ring"
+    keeps_ends: ClassVar[bool] = True
+
+    block: int = 32
+    layout: str = "arc"
+    permute: bool = True
+    reflect: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise FxrpgError("Ring(block=...)", f"must be one of {BLOCKS}", repr(self.block), "Pass one of them.")
+        if self.layout not in LAYOUTS:
+            raise FxrpgError("Ring(layout=...)", f"must be one of {LAYOUTS}", repr(self.layout), "Pass one of them.")
+        if self.layout == "hash" and not self.permute:
+            raise FxrpgError(
+                "Ring(permute=False)", "needs layout 'arc' or 'shuffle'", "'hash'", "A hash has no order to leave as it is."
+            )
+
+    def state_size(self, dof: int | float, weights: int) -> int:
+        """An int is taken exactly; a fraction rounds to the nearest whole number of blocks that fits."""
+        if isinstance(dof, int):
+            return dof
+        blocks = max(1, min(round(dof * weights / self.block), weights // self.block))
+        return min(blocks * self.block, weights)
+
+    def extents(self, counts: Sequence[int]) -> list[int]:
+        return [-(-count // self.block) * self.block for count in counts]
+
+    def init_state(self, size: int, seed: int, std: float) -> Tensor:
+        values = near_normal(size, seed, INIT)
+        # A short ring would miss its deviation by chance: set it exactly.
+        return values * (std / values.square().mean().sqrt().item())
+
+    def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
+        state = state.detach().to(dtype)
+        starts = self.block_cells(view, state.numel(), state.device)
+        if self._whole_rows(view, state.numel()):
+            values = state.view(-1, self.block).index_select(0, starts // self.block)
+        else:
+            values = state[self._cells(starts, state.numel())]
+        values = values.view(-1)[: view.count]
+        return view.from_logical(self._reflected(values, view))
+
+    def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        if self.layout == "arc" and torch.are_deterministic_algorithms_enabled():
+            return self.gather_gradient(grad, state, view)
+        return self.scatter_gradient(grad, state, view)
+
+    def scatter_gradient(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        """The adjoint by scatter-add: element by element into its cell. On the CPU in a fixed order."""
+        blocks = self._signed_blocks(grad, view)
+        starts = self.block_cells(view, state.numel(), grad.device)
+        out = grad.new_zeros(state.numel())
+        if self._whole_rows(view, state.numel()):
+            out.view(-1, self.block).index_add_(0, starts // self.block, blocks)
+        else:
+            out.index_add_(0, self._cells(starts, state.numel()).view(-1), blocks.view(-1))
+        return out
+
+    def gather_gradient(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        """The adjoint by gathering through the inverse permutation: each cell sums its users in a fixed tree, no atomics."""
+        size = state.numel()
+        blocks = self._signed_blocks(grad, view)
+        if self.permute:
+            place = torch.arange(blocks.shape[0], device=grad.device)
+            blocks = blocks.index_select(0, self._bijection(view).inverse(place))
+        lead = view.offset % size
+        laps = -(-(lead + blocks.numel()) // size)
+        rows = grad.new_zeros(laps * size)
+        rows[lead : lead + blocks.numel()] = blocks.view(-1)
+        rows = rows.view(laps, size)
+        while len(rows) > 1:
+            half = -(-len(rows) // 2)
+            rows[: len(rows) - half] += rows[half:]
+            rows = rows[:half]
+        return rows[0].clone() if laps > 1 else rows[0]
+
+    def block_cells(self, view: View, size: int, device: torch.device) -> Tensor:
+        """The ring cell in which each block of the weight starts, int64 [blocks]."""
+        blocks = torch.arange(-(-view.count // self.block), dtype=torch.int64, device=device)
+        first = view.offset // self.block
+        if self.layout == "hash":
+            words = words_at(blocks, view.seed, CELL, view.tensor).to(torch.int64) & 0xFFFFFFFF
+            return (words * -(-size // self.block) >> 32) * self.block % size
+        if not self.permute:
+            place = blocks + first
+        elif self.layout == "arc":
+            place = self._bijection(view)(blocks) + first
+        else:
+            place = self._bijection(view)(blocks + first)
+        return place * self.block % size
+
+    def _bijection(self, view: View) -> Bijection:
+        if self.layout == "arc":
+            return Bijection.keyed(-(-view.count // self.block), view.seed, PERMUTE, view.tensor)
+        return Bijection.keyed(view.total // self.block, view.seed, PERMUTE, _ALL_TENSORS)
+
+    def _whole_rows(self, view: View, size: int) -> bool:
+        """Whether every block is one aligned row of the ring: then rows are moved instead of elements."""
+        return self.block > 1 and size % self.block == 0
+
+    def _cells(self, starts: Tensor, size: int) -> Tensor:
+        """The cell of every element, int64 [blocks, block]."""
+        lanes = torch.arange(self.block, device=starts.device)
+        return (starts[:, None] + lanes) % size
+
+    def _signed_blocks(self, grad: Tensor, view: View) -> Tensor:
+        """The gradient's elements with their signs, padded with zeros to whole blocks, [blocks, block]."""
+        values = self._reflected(view.to_logical(grad), view)
+        padding = -view.count % self.block
+        return torch.nn.functional.pad(values, (0, padding)).view(-1, self.block)
+
+    def _reflected(self, values: Tensor, view: View) -> Tensor:
+        """`values` (logical order) with each element's sign bit flipped where the sign stream says so."""
+        if not self.reflect:
+            return values
+        words = random_words(0, -(-view.count // 32), view.seed, SIGN, view.tensor, device=values.device)
+        lanes = torch.arange(32, dtype=torch.int32, device=values.device)
+        bits = (words[:, None] >> lanes & 1).view(-1)[: view.count]
+        word = _SIGNED[values.element_size()]
+        flips = bits.to(word) << 8 * values.element_size() - 1
+        return (values.contiguous().view(word) ^ flips).view(values.dtype)

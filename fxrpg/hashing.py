@@ -1,0 +1,214 @@
+"""The project's integer random functions: same bits on every device, thread count and library version.
+
+Everything here is counter-based 32-bit integer arithmetic, so a value can be computed alone, in any order. Changing one
+constant changes every model ever saved: the golden vectors in the tests hold them, FORMAT_VERSION names them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+SEED_LIMIT = 1 << 64
+
+# What a stream of random words is for; part of its key.
+PERMUTE, SIGN, CELL, INIT = 1, 2, 3, 4
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
+_WEYL = 0x9E3779B1  # the prime next to it
+_MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B  # C. Wellons' lowbias32 (public domain)
+
+
+def _signed(word: int) -> int:
+    """The int32 with the bits of `word`: torch has no 32-bit unsigned arithmetic."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def mix32_int(h: int) -> int:
+    """A 32-bit mixing bijection on one Python integer."""
+    h ^= h >> 16
+    h = h * _MIX_1 & _MASK
+    h ^= h >> 15
+    h = h * _MIX_2 & _MASK
+    return h ^ h >> 16
+
+
+def mix32(h: Tensor) -> Tensor:
+    """`mix32_int` on every element of an int32 tensor (the bits of a uint32)."""
+    h = h ^ (h >> 16 & 0xFFFF)  # int32 shifts carry the sign bit in: mask it away
+    h = h * _signed(_MIX_1)
+    h = h ^ (h >> 15 & 0x1FFFF)
+    h = h * _signed(_MIX_2)
+    return h ^ (h >> 16 & 0xFFFF)
+
+
+def derive_key(seed: int, *labels: int) -> int:
+    """A 32-bit key from a 64-bit seed, the format version and 32-bit labels (purpose, tensor id, round...)."""
+    h = 0
+    for word in (FORMAT_VERSION, seed & _MASK, seed >> 32, *labels):
+        h = (mix32_int(h ^ word) + _GOLDEN) & _MASK
+    return mix32_int(h)
+
+
+def random_words(first: int, count: int, seed: int, *labels: int, device: torch.device | str = "cpu") -> Tensor:
+    """Words `first .. first + count - 1` of the stream (seed, labels), as int32 bit patterns.
+
+    Two mixing rounds with two keys, so that streams of different keys are not reorderings of one another.
+
+    Returns:
+        int32 tensor of shape [count].
+    """
+    index = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    return words_at(index, seed, *labels)
+
+
+def words_at(index: Tensor, seed: int, *labels: int) -> Tensor:
+    """The stream's words at the given int64 counters (any shape, any order), as int32 bit patterns."""
+    outer, inner = derive_key(seed, *labels, 0), derive_key(seed, *labels, 1)
+    h = mix32(index.to(torch.int32) ^ _signed(outer))
+    high = (index >> 32).to(torch.int32) * _signed(_GOLDEN)
+    return mix32(h + high + _signed(inner))
+
+
+def near_normal(count: int, seed: int, *labels: int, chunk: int = 1 << 20) -> Tensor:
+    """`count` values of zero mean and unit variance, near normal, exact on every machine.
+
+    Each is the sum of eight 16-bit uniform integers (Irwin-Hall), divided once: no logarithm or cosine whose last bits
+    differ between libraries.
+
+    Returns:
+        float64 tensor of shape [count], on the CPU.
+    """
+    out = torch.empty(count, dtype=torch.float64)
+    deviation = (8 * ((1 << 32) - 1) / 12) ** 0.5
+    for start in range(0, count, chunk):
+        n = min(chunk, count - start)
+        words = random_words(4 * start, 4 * n, seed, *labels).view(n, 4)
+        total = ((words & 0xFFFF) + (words >> 16 & 0xFFFF)).sum(1)
+        out[start : start + n] = (total - 4 * 0xFFFF).to(torch.float64) / deviation
+    return out
+
+
+@dataclass(frozen=True)
+class Bijection:
+    """A keyed permutation of 0 .. count-1 that stores nothing: a Feistel network on Z_a x Z_b (Black and Rogaway).
+
+    Halves are added modulo a and b. The few images at or past `count` (a*b is the least product that covers it) are sent
+    back into range through a small table, built once: cycle walking done ahead.
+
+    Args:
+        count: number of elements, 1 <= count < 2^60.
+        keys: one 32-bit key per round.
+    """
+
+    count: int
+    keys: tuple[int, ...]
+
+    @classmethod
+    def keyed(cls, count: int, seed: int, *labels: int) -> Bijection:
+        """The permutation of 0 .. count-1 that belongs to (seed, labels). Small counts take eight rounds, others six."""
+        rounds = 8 if count < 1 << 14 else 6
+        return _keyed(cls, count, tuple(derive_key(seed, *labels, r) for r in range(rounds)))
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """(a, b) with a <= b, a*b >= count and the least excess."""
+        return _factors(self.count)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images of `x` (int64, 0 <= x < count), any shape."""
+        return self._into_range(self._rounds(x), self._holes)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Preimages of `y` (int64, 0 <= y < count), any shape."""
+        return self._into_range(self._rounds_inverse(y), self._inverse_holes)
+
+    def _rounds(self, x: Tensor) -> Tensor:
+        a, b = self.factors
+        left = torch.div(x, b, rounding_mode="floor")
+        right = x - left * b
+        for r, key in enumerate(self.keys):
+            if r % 2 == 0:
+                left = _wrap(left + _scaled_square(right, key, a), a)
+            else:
+                right = _wrap(right + _scaled_square(left, key, b), b)
+        return left * b + right
+
+    def _rounds_inverse(self, y: Tensor) -> Tensor:
+        a, b = self.factors
+        left = torch.div(y, b, rounding_mode="floor")
+        right = y - left * b
+        for r, key in reversed(list(enumerate(self.keys))):
+            if r % 2 == 0:
+                left = _wrap(left + (a - _scaled_square(right, key, a)), a)
+            else:
+                right = _wrap(right + (b - _scaled_square(left, key, b)), b)
+        return left * b + right
+
+    def _into_range(self, y: Tensor, holes: tuple[int, ...]) -> Tensor:
+        if not holes:
+            return y
+        table = torch.tensor(holes, dtype=torch.int64, device=y.device)
+        return torch.where(y < self.count, y, table[(y - self.count).clamp_(min=0)])
+
+    @functools.cached_property
+    def _holes(self) -> tuple[int, ...]:
+        return self._walk(self._rounds)
+
+    @functools.cached_property
+    def _inverse_holes(self) -> tuple[int, ...]:
+        return self._walk(self._rounds_inverse)
+
+    def _walk(self, step) -> tuple[int, ...]:
+        """Where each element of [count, a*b) ends when `step` is repeated until it falls below count."""
+        a, b = self.factors
+        y = torch.arange(self.count, a * b, dtype=torch.int64)
+        while bool((outside := y >= self.count).any()):
+            y[outside] = step(y[outside])
+        return tuple(y.tolist())
+
+
+@functools.lru_cache(maxsize=4096)
+def _keyed(cls: type[Bijection], count: int, keys: tuple[int, ...]) -> Bijection:
+    return cls(count, keys)  # shared, so that its hole tables are built once
+
+
+def _wrap(x: Tensor, n: int) -> Tensor:
+    """x mod n for 0 <= x < 2n."""
+    return torch.where(x >= n, x - n, x)
+
+
+def _scaled_square(x: Tensor, key: int, n: int) -> Tensor:
+    """A number below `n` from `x`: the high bits of t * (t | 1), t = x * WEYL + key, all modulo 2^32."""
+    t = x * _WEYL + key & _MASK
+    # t * (t | 1) overflows int64, which wraps; its low 32 bits are the ones wanted and are exact.
+    return ((t * (t | 1) & _MASK) * n) >> 32
+
+
+@functools.lru_cache(maxsize=4096)
+def _factors(count: int, chunk: int = 1 << 20) -> tuple[int, int]:
+    """(a, b), a in [sqrt(count)/2, sqrt(count)], with a*b >= count exceeded by least; of equals, the squarest.
+
+    a = 1 would leave one half constant and permute by rotation alone: only counts below four get it.
+    """
+    root = math.isqrt(count)
+    lowest = min(root, max(2, (root + 1) // 2))
+    best: tuple[int, int, int] | None = None
+    for top in range(root, lowest - 1, -chunk):
+        a = np.arange(top, max(lowest, top - chunk + 1) - 1, -1, dtype=np.int64)
+        excess = (-count) % a
+        i = int(excess.argmin())
+        if best is None or excess[i] < best[0]:
+            best = int(excess[i]), int(a[i]), -(-count // int(a[i]))
+        if best[0] == 0:
+            break
+    assert best is not None
+    return best[1], best[2]
+

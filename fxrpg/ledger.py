@@ -1,0 +1,91 @@
+"""The itemised count: every number in a transformed model, and every byte of its file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import nn
+
+from fxrpg.assemble import plan_of
+from fxrpg.checkpoint import file_size
+from fxrpg.owner import DIGEST, SCALE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What a transformed model is made of.
+
+    Args:
+        dof: free numbers that generate weights.
+        generated: weights generated from them, none of them stored.
+        dense: other parameters, stored as they are (frozen ones included).
+        trainable: `dof` and the dense parameters that require gradients.
+        frozen: dense parameters that do not.
+        mask_bits: trained bits of masks (none for a ring).
+        scales: fixed numbers, one a weight tensor.
+        buffers: numbers in the model's own persistent buffers.
+        padding: positions of the ring's address space that no weight fills (the ends of last blocks).
+        bytes_stored: size of the file that `fxrpg.save` writes.
+        bytes_resident: bytes of all parameters and buffers in memory.
+    """
+
+    dof: int
+    generated: int
+    dense: int
+    trainable: int
+    frozen: int
+    mask_bits: int
+    scales: int
+    buffers: int
+    padding: int
+    bytes_stored: int
+    bytes_resident: int
+
+    @property
+    def ratio(self) -> float:
+        """Generated weights per degree of freedom."""
+        return self.generated / self.dof
+
+    def __str__(self) -> str:
+        rows = [
+            ["degrees of freedom", self.dof, f"{self.ratio:.4f} generated weights each"],
+            ["generated weights", self.generated, "never stored"],
+            ["dense parameters", self.dense, f"{self.frozen:,} of them frozen" if self.frozen else ""],
+            ["trainable in all", self.trainable, "degrees of freedom + dense"],
+            ["mask bits", self.mask_bits, ""],
+            ["scales", self.scales, "fixed, one a weight tensor"],
+            ["buffers", self.buffers, "numbers in the model's own buffers"],
+            ["padding", self.padding, "unused positions at the ends of last blocks"],
+            ["bytes stored", self.bytes_stored, "the file that fxrpg.save writes"],
+            ["bytes resident", self.bytes_resident, "parameters and buffers in memory"],
+        ]
+        return tabulate(rows, intfmt=",", colalign=("left", "right", "left"))
+
+
+def ledger(model: nn.Module) -> Ledger:
+    """Count everything in a transformed `model`.
+
+    Raises:
+        FxrpgError: `model` is not transformed.
+    """
+    plan = plan_of(model)
+    own = {plan.generator.state_name, SCALE, DIGEST}
+    parameters = [p for name, p in model.named_parameters() if name not in own]
+    dense, frozen = (sum(p.numel() for p in parameters if not (only and p.requires_grad)) for only in (False, True))
+    buffers = {id(t): t for name, t in model.state_dict(keep_vars=True).items() if name not in own}
+    buffers = [t for t in buffers.values() if not isinstance(t, nn.Parameter)]
+    resident = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return Ledger(
+        dof=plan.size,
+        generated=plan.generated,
+        dense=dense,
+        trainable=plan.size + dense - frozen,
+        frozen=frozen,
+        mask_bits=0,
+        scales=len(plan.views),
+        buffers=sum(t.numel() for t in buffers),
+        padding=plan.padding,
+        bytes_stored=file_size(model),
+        bytes_resident=sum(t.nbytes for t in resident.values()),
+    )

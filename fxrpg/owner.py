@@ -1,0 +1,141 @@
+"""The module way: each owner of a planned weight reads it through a property of its class, which returns a handle.
+
+The user's forward, hooks, control flow and names stay as they are, and `isinstance` holds: the class is a generated subclass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from fxrpg.generator import View
+from fxrpg.handle import Handle, Trace
+from fxrpg.lowering import LAYERS, Generated
+
+SCALE = "fxrpg_scale"
+DIGEST = "fxrpg_digest"
+_LINK = "_fxrpg_link"
+_TRACE = "_fxrpg_trace"
+
+
+class Link:
+    """An owner's unregistered reference to the root, which deepcopy and pickle follow, and the weights it reads there."""
+
+    def __init__(self, root: nn.Module, order: list[str]) -> None:
+        self.root = root
+        self.order = order  # the names of the owner's parameters before any was taken out
+        self.weights: dict[str, tuple[str, str, str, tuple[int, ...]]] = {}  # attribute -> name, state, view, shape
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph module pickles its submodules before itself: it joins them again when it comes back.
+        return self.__dict__ | ({"root": None} if isinstance(self.root, fx.GraphModule) else {})
+
+
+def own(root: nn.Module, weights: Iterable[tuple[str, nn.Module, str, View]], trace: Trace) -> None:
+    """Take each (name, owner, attribute, view)'s parameter out of its owner, which then reads it from the root's state.
+
+    The root must hold the state and the scales as `View.generator.state_name` and `fxrpg_scale`.
+    """
+    root.__dict__[_TRACE] = trace
+    owners: dict[int, nn.Module] = {}
+    for name, owner, attribute, view in weights:
+        link = owner.__dict__.setdefault(_LINK, Link(root, list(owner._parameters)))
+        link.weights[attribute] = name, view.generator.state_name, view.text, view.shape
+        owner._parameters.pop(attribute, None)
+        owners[id(owner)] = owner
+    for owner in owners.values():
+        if isinstance(owner, nn.RNNBase):
+            owner.__dict__.pop("_flat_weights", None)  # a property of the generated class from here on
+        owner.__class__ = owner_class(type(owner), tuple(owner.__dict__[_LINK].weights))
+
+
+def disown(owner: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Make `owner` an ordinary module again, with `weights` (attribute -> parameter) at their old places."""
+    link: Link = owner.__dict__.pop(_LINK)
+    owner.__class__ = type(owner)._fxrpg_base
+    parameters = owner._parameters | weights
+    owner._parameters.clear()
+    for attribute in [*link.order, *(a for a in parameters if a not in link.order)]:
+        if attribute in parameters:
+            owner._parameters[attribute] = parameters[attribute]
+    if isinstance(owner, nn.RNNBase):
+        owner._init_flat_weights()
+
+
+def link_of(module: nn.Module) -> Link | None:
+    """The module's link, if it owns generated weights."""
+    return module.__dict__.get(_LINK)
+
+
+def generated_of(owner: nn.Module, attribute: str) -> Generated:
+    """The weight as a lowering takes it: the root's state and scales as they are now, and the view."""
+    link = owner._fxrpg_link
+    _name, state, text, shape = link.weights[attribute]
+    return Generated(getattr(link.root, state), link.root.fxrpg_scale, text, shape)
+
+
+def read(owner: nn.Module, attribute: str) -> Tensor:
+    """What the property returns: a handle, or in code that is being compiled the generated tensor (recomputed, not saved)."""
+    generated = generated_of(owner, attribute)
+    if torch.compiler.is_compiling():
+        return torch.ops.fxrpg.generate.default(generated.state, generated.scale, generated.view)
+    link = owner._fxrpg_link
+    return Handle(generated, link.weights[attribute][0], link.root.__dict__[_TRACE])
+
+
+@functools.cache
+def owner_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of `base` whose `attributes` are generated. One class per argument, so that compiled code is shared."""
+    namespace: dict[str, Any] = {name: _property(name) for name in attributes}
+    namespace |= {"_fxrpg_base": base, "_fxrpg_attributes": attributes, "__reduce_ex__": _reduce}
+    if (layer := LAYERS.get(stock_layer(base))) and attributes == ("weight",):
+        namespace["forward"] = _compilable_forward(base, layer)
+    if issubclass(base, nn.RNNBase):
+        namespace["_flat_weights"] = property(_flat_weights, lambda self, value: None)
+        namespace["flatten_parameters"] = lambda self: None
+    return type(base)(f"Generated{base.__name__}", (base,), namespace)
+
+
+def stock_layer(base: type[nn.Module]) -> type[nn.Module] | None:
+    """The registered layer type whose forward `base` runs unchanged, if any."""
+    for stock in LAYERS:
+        if issubclass(base, stock) and base.forward is stock.forward:
+            inner = getattr(stock, "_conv_forward", None)
+            return stock if getattr(base, "_conv_forward", None) is inner else None
+    return None
+
+
+def _property(name: str) -> property:
+    return property(lambda self: read(self, name))
+
+
+def _compilable_forward(base: type[nn.Module], layer: Any) -> Any:
+    """Under torch.compile a handle cannot be built: the stock layers call their lowered op directly."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return layer(self, generated_of(self, "weight"), *args, **kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """Pickle and deepcopy by base class and attributes: the generated class has no name to import it by."""
+    cls = type(self)
+    return _new_owner, (cls._fxrpg_base, cls._fxrpg_attributes), self.__getstate__()
+
+
+def _new_owner(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+    cls = owner_class(base, attributes)
+    return cls.__new__(cls)

@@ -1,0 +1,146 @@
+"""Convolutions of one to three dimensions, transposed, grouped and depthwise ones included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxrpg.lowering import DenseOp, Generated, compiles, define_staged_op, lowers
+from fxrpg.roles import Role, conv_role
+
+aten = torch.ops.aten
+
+
+CONVS = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED_CONVS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def conv_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    """torch's convolution of as many dimensions as `stride` has. x is [N, C, *spatial] or [C, *spatial]."""
+    if transposed:
+        return TRANSPOSED_CONVS[len(stride) - 1](x, weight, bias, stride, padding, output_padding, groups, dilation)
+    return CONVS[len(stride) - 1](x, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_input_grads(grad: Tensor, xs: tuple[Tensor], weight: Tensor, needed: list[bool], *config: Any) -> list:
+    grad, x = _batched(grad, weight.dim()), _batched(xs[0], weight.dim())
+    dx = aten.convolution_backward.default(grad, x, weight, None, *config, [True, False, False])[0]
+    return [dx.view(xs[0].shape) if dx.dim() != xs[0].dim() else dx]
+
+
+def conv_weight_grad(grad: Tensor, xs: tuple[Tensor], shape: tuple[int, ...], *config: Any) -> Tensor:
+    grad, x = _batched(grad, len(shape)), _batched(xs[0], len(shape))
+    weight = x.new_empty(shape)  # only its sizes are read
+    return aten.convolution_backward.default(grad, x, weight, None, *config, [False, True, False])[1]
+
+
+def conv_bias_grad(grad: Tensor, stride: list[int], *config: Any) -> Tensor:
+    return _batched(grad, len(stride) + 2).transpose(0, 1).flatten(1).sum(1)
+
+
+def _batched(x: Tensor, dims: int) -> Tensor:
+    return x if x.dim() == dims else x.unsqueeze(0)
+
+
+define_staged_op(
+    DenseOp(
+        name="conv",
+        inputs=("x",),
+        config="int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups",
+        forward=conv_ref,
+        input_grads=conv_input_grads,
+        weight_grad=conv_weight_grad,
+        bias_grad=conv_bias_grad,
+    )
+)
+
+
+def transposed_role(shape: tuple[int, ...], transposed: bool) -> Role:
+    return conv_role(shape, transposed=True)
+
+
+@lowers(F.conv1d, aten.conv1d.default, aten.conv1d.padding, role=conv_role)
+@lowers(F.conv2d, aten.conv2d.default, aten.conv2d.padding, role=conv_role)
+@lowers(F.conv3d, aten.conv3d.default, aten.conv3d.padding, role=conv_role)
+def conv(
+    input: Any, weight: Generated, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    dims = len(weight.shape) - 2
+    dilation = _tuple(dilation, dims)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        input, padding = _pad_same(input, weight.shape[2:], dilation)
+    lists = (_tuple(stride, dims), _tuple(padding, dims), dilation, False, [0] * dims)
+    return torch.ops.fxrpg.conv.default(input, bias, *weight[:3], *lists, groups)
+
+
+@lowers(F.conv_transpose1d, aten.conv_transpose1d.default, role=transposed_role)
+@lowers(F.conv_transpose2d, aten.conv_transpose2d.input, role=transposed_role)
+@lowers(F.conv_transpose3d, aten.conv_transpose3d.input, role=transposed_role)
+def conv_transpose(
+    input: Any,
+    weight: Generated,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    dims = len(weight.shape) - 2
+    lists = (_tuple(stride, dims), _tuple(padding, dims), _tuple(dilation, dims), True, _tuple(output_padding, dims))
+    return torch.ops.fxrpg.conv.default(input, bias, *weight[:3], *lists, groups)
+
+
+@lowers(aten.convolution.default)
+def convolution(input: Any, weight: Generated, bias: Any, *config: Any) -> Any:
+    return torch.ops.fxrpg.conv.default(input, bias, *weight[:3], *config)
+
+
+def _tuple(value: Any, dims: int) -> list[int]:
+    """`value` once per spatial dimension, as torch reads an int or a sequence of one."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _pad_same(input: Any, kernel: tuple[int, ...], dilation: list[int]) -> tuple[Any, list[int]]:
+    """padding="same": the even part as padding of the op, an odd rest on the right as torch does."""
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    rest = [t % 2 for t in total]
+    if any(rest):
+        input = F.pad(input, [n for r in reversed(rest) for n in (0, r)])
+    return input, [t // 2 for t in total]
+
+
+@compiles(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def conv_layer(layer: Any, weight: Generated, input: Tensor) -> Tensor:
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        input, padding = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+    return conv(input, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+@compiles(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def conv_transpose_layer(
+    layer: Any, weight: Generated, input: Tensor, output_size: list[int] | None = None
+) -> Tensor:
+    dims = len(layer.kernel_size)
+    output_padding = layer._output_padding(
+        input, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
+    )
+    where = (layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
+    return conv_transpose(input, weight, layer.bias, *where)

@@ -1,0 +1,68 @@
+"""Embedding tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxrpg.lowering import DenseOp, Generated, NotLowered, compiles, define_staged_op, lowers
+from fxrpg.roles import embedding_role
+
+aten = torch.ops.aten
+
+
+def embedding_ref(index: Tensor, weight: Tensor, bias: None, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
+    """Rows of `weight` [num, dim] at the integer tensor `index` of any shape."""
+    return F.embedding(index, weight, None if padding_idx < 0 else padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+
+
+def embedding_weight_grad(
+    grad: Tensor, xs: tuple[Tensor], shape: tuple[int, ...], padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    return aten.embedding_dense_backward.default(grad, xs[0], shape[0], padding_idx, scale_grad_by_freq)
+
+
+define_staged_op(
+    DenseOp(
+        name="embedding",
+        inputs=("index",),
+        config="int padding_idx, bool scale_grad_by_freq",
+        forward=embedding_ref,
+        weight_grad=embedding_weight_grad,
+        autocast="state",
+    )
+)
+
+
+@lowers(F.embedding, role=embedding_role)
+def embedding(
+    input: Any,
+    weight: Generated,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if max_norm is not None:
+        raise NotLowered("max_norm rewrites the table in place")
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    # A sparse gradient of the table has no use: the state's is dense.
+    config = (-1 if padding_idx is None else padding_idx, scale_grad_by_freq)
+    return torch.ops.fxrpg.embedding.default(input, None, *weight[:3], *config)
+
+
+@lowers(aten.embedding.default, position=0, role=embedding_role)
+def aten_embedding(
+    weight: Generated, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    return torch.ops.fxrpg.embedding.default(indices, None, *weight[:3], padding_idx, scale_grad_by_freq)
+
+
+@compiles(nn.Embedding)
+def embedding_layer(layer: nn.Embedding, weight: Generated, input: Tensor) -> Tensor:
+    return embedding(input, weight, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)

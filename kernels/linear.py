@@ -1,0 +1,83 @@
+"""Linear layers, and the matrix products that are linear layers in other words."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxrpg.lowering import DenseOp, Generated, NotLowered, compiles, define_staged_op, dims_of, lowers
+from fxrpg.roles import Role, linear_role
+
+aten = torch.ops.aten
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """y = x W^T + bias for W [out, in]; with `transposed`, y = x W + bias for W [in, out]. x is [..., in]."""
+    return F.linear(x, weight.t() if transposed else weight, bias)
+
+
+def linear_input_grads(grad: Tensor, xs: tuple[Tensor], weight: Tensor, needed: list[bool], transposed: bool) -> list:
+    return [grad @ (weight.t() if transposed else weight)]
+
+
+def linear_weight_grad(grad: Tensor, xs: tuple[Tensor], shape: tuple[int, ...], transposed: bool) -> Tensor:
+    rows, inputs = grad.reshape(-1, grad.shape[-1]), xs[0].reshape(-1, xs[0].shape[-1])
+    return inputs.t() @ rows if transposed else rows.t() @ inputs
+
+
+def linear_bias_grad(grad: Tensor, transposed: bool) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+define_staged_op(
+    DenseOp(
+        name="linear",
+        inputs=("x",),
+        config="bool transposed",
+        forward=linear_ref,
+        input_grads=linear_input_grads,
+        weight_grad=linear_weight_grad,
+        bias_grad=linear_bias_grad,
+    )
+)
+
+
+def product_role(shape: tuple[int, ...], transposed: bool) -> Role:
+    """In x @ W the matrix W is [in, out]."""
+    return linear_role(shape, not transposed)
+
+
+@lowers(F.linear, aten.linear.default, transposable=True, role=linear_role)
+def linear(input: Any, weight: Generated, bias: Any = None) -> Any:
+    return torch.ops.fxrpg.linear.default(input, bias, *weight[:3], weight.transposed)
+
+
+@lowers(
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul, aten.matmul.default,
+    keyword="other", transposable=True, role=product_role,
+)  # fmt: skip
+@lowers(torch.mm, Tensor.mm, aten.mm.default, keyword="mat2", transposable=True, role=product_role)
+def matmul(input: Any, weight: Generated) -> Any:
+    """x @ W for a matrix W: a linear layer whose weight is seen as [in, out]."""
+    if len(weight.shape) != 2:
+        raise NotLowered(f"matmul is lowered for a weight of 2 dimensions, found {len(weight.shape)}")
+    return torch.ops.fxrpg.linear.default(input, None, *weight[:3], not weight.transposed)
+
+
+@lowers(torch.addmm, aten.addmm.default, position=2, keyword="mat2", transposable=True, role=product_role)
+def addmm(input: Any, mat1: Any, weight: Generated, *, beta: float = 1, alpha: float = 1) -> Any:
+    """bias + x @ W, as torch.export and GPT-2's Conv1D write a linear layer."""
+    if beta != 1 or alpha != 1:
+        raise NotLowered(f"addmm is lowered for beta = alpha = 1, found beta = {beta}, alpha = {alpha}")
+    if dims_of(input) != 1:
+        raise NotLowered("addmm is lowered for a bias that is known to have 1 dimension")
+    return torch.ops.fxrpg.linear.default(mat1, input, *weight[:3], not weight.transposed)
+
+
+@compiles(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+def linear_layer(layer: nn.Linear, weight: Generated, input: Tensor) -> Tensor:
+    return linear(input, weight, layer.bias)

@@ -1,0 +1,107 @@
+"""Let ops take the view instead of the generated weight; what has no rule takes a handle."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxrpg.generator import View
+from fxrpg.handle import handle_of
+from fxrpg.lowering import LOWERINGS, Generated, NotLowered, Rule, current_mode
+
+aten = torch.ops.aten
+GENERATE = torch.ops.fxrpg.generate.default
+OP = "fxrpg_op"
+REASONS = "fxrpg_reasons"
+"""Key in a handle node's `meta`: {consuming op: why it was not lowered}."""
+
+
+def lower(gm: fx.GraphModule) -> PassResult:
+    """Replace `op(x, generate(...))` by the lowering of `op`, and every generate that is left by a handle on the view.
+
+    Idempotent: afterwards no generate is left.
+    """
+    generates = list(gm.graph.find_nodes(op="call_function", target=GENERATE))
+    for generate in generates:
+        matrix = len(View.parse(generate.args[2]).shape) == 2
+        transposes = [user for user in generate.users if matrix and transposes_matrix(user)]
+        reasons = _lower_users(gm.graph, generate, Generated.of(*generate.args), skip=transposes)
+        for transpose in transposes:
+            reasons |= _lower_users(gm.graph, transpose, Generated.of(*generate.args, transposed=True), skip=[])
+            if not transpose.users:
+                gm.graph.erase_node(transpose)
+        _defer(gm.graph, generate, reasons)
+    if generates:
+        gm.graph.lint()
+        gm.recompile()
+    return PassResult(gm, bool(generates))
+
+
+def _lower_users(graph: fx.Graph, weight: fx.Node, generated: Generated, skip: list[fx.Node]) -> dict[str, str]:
+    """Lower each node that consumes `weight`; for those that are left, op -> why."""
+    reasons: dict[str, str] = {}
+    for user in list(weight.users):
+        if user not in skip:
+            try:
+                _lower_call(graph, user, weight, generated)
+            except NotLowered as reason:
+                reasons[op_name(user)] = str(reason)
+    return reasons
+
+
+def _lower_call(graph: fx.Graph, call: fx.Node, weight: fx.Node, generated: Generated) -> None:
+    """Replace one consuming node. Raises NotLowered where no rule covers it."""
+    rule = rule_for(call)
+    if rule is None:
+        raise NotLowered("no lowering for this op")
+    if current_mode() == "materialized":
+        raise NotLowered("lowering_mode('materialized')")
+    found = call.args[rule.position] if len(call.args) > rule.position else call.kwargs.get(rule.keyword)
+    uses = [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if leaf is weight]
+    if found is not weight or len(uses) > 1:
+        raise NotLowered(f"the generated tensor is not only the op's argument {rule.keyword!r}")
+    if generated.transposed and not rule.transposable:
+        raise NotLowered("the weight was transposed on the way")
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxied = generated._replace(state=fx.Proxy(generated.state, tracer), scale=fx.Proxy(generated.scale, tracer))
+    args, kwargs = fx.node.map_arg((call.args, call.kwargs), lambda n: proxied if n is weight else fx.Proxy(n, tracer))
+    with graph.inserting_before(call):
+        lowered = rule.call(*args, **kwargs).node
+    lowered.meta = {**call.meta, OP: op_name(call)}
+    call.replace_all_uses_with(lowered)
+    graph.erase_node(call)
+
+
+def op_name(call: fx.Node) -> str:
+    """What a node calls, as `explain` shows it."""
+    return call.target if isinstance(call.target, str) else getattr(call.target, "__name__", str(call.target))
+
+
+def rule_for(call: fx.Node) -> Rule | None:
+    """The lowering of the op that a node calls, if it has one."""
+    target = getattr(torch.Tensor, call.target, None) if call.op == "call_method" else call.target
+    return LOWERINGS.get(target) if call.op in ("call_function", "call_method") else None
+
+
+def transposes_matrix(node: fx.Node) -> bool:
+    """Whether the node is a transpose, in one of the ways that graphs write it, given that its argument is a matrix."""
+    target, rest = node.target, node.args[1:]
+    if target in (aten.t.default, torch.t, "t"):
+        return True
+    if target in (aten.transpose.int, torch.transpose, "transpose"):
+        return sorted(dim % 2 for dim in rest) == [0, 1]
+    if target in (aten.permute.default, torch.permute, "permute"):
+        return [dim % 2 for dim in (rest[0] if len(rest) == 1 else rest)] == [1, 0]
+    return target is getattr and rest in (("T",), ("mT",))
+
+
+def _defer(graph: fx.Graph, generate: fx.Node, reasons: dict[str, str]) -> None:
+    """Put a handle in the place of a generate that is still used: its consumers materialize it when they run."""
+    if generate.users:
+        with graph.inserting_before(generate):
+            handle = graph.call_function(handle_of, (*generate.args, generate.meta["fxrpg_name"]))
+        handle.meta = {**generate.meta, REASONS: reasons}
+        generate.replace_all_uses_with(handle)
+    graph.erase_node(generate)

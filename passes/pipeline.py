@@ -1,0 +1,44 @@
+"""The order of the passes, and the roles that weights have in a graph whose layers are only ops."""
+
+from __future__ import annotations
+
+import torch.fx as fx
+from torch import nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from fxrpg.handle import Trace
+from fxrpg.passes.lower import lower, rule_for, transposes_matrix
+from fxrpg.passes.normalise import normalise
+from fxrpg.passes.parametrize import parametrize
+from fxrpg.passes.strip import strip
+from fxrpg.plan import Plan
+from fxrpg.roles import Role
+
+
+def graph_roles(gm: fx.GraphModule) -> dict[str, Role]:
+    """The roles of parameters that the graph itself consumes as weights: name -> role.
+
+    In an exported graph the layers' classes are gone, but there the graph is the model, and its ops say what a weight is.
+    """
+    roles: dict[str, Role] = {}
+    for read in gm.graph.find_nodes(op="get_attr"):
+        parameter = _parameter(gm, read.target)
+        if parameter is None:
+            continue
+        turned = [user for user in read.users if parameter.dim() == 2 and transposes_matrix(user)]
+        for weight, transposed in [(read, False), *((node, True) for node in turned)]:
+            for call in weight.users:
+                rule = rule_for(call)
+                if rule and rule.role and call.args[rule.position : rule.position + 1] == (weight,):
+                    roles.setdefault(read.target, rule.role(tuple(parameter.shape), transposed))
+    return roles
+
+
+def _parameter(gm: fx.GraphModule, name: str) -> nn.Parameter | None:
+    path, _, attribute = name.rpartition(".")
+    return gm.get_submodule(path)._parameters.get(attribute)
+
+
+def rewrite(gm: fx.GraphModule, plan: Plan, trace: Trace) -> None:
+    """Rewrite the graph of `gm`, which holds the state already, in place."""
+    PassManager(passes=[normalise(plan), parametrize(plan), lower, strip(plan, trace)])(gm)

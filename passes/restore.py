@@ -1,0 +1,60 @@
+"""The way back: a graph of ordinary ops on ordinary weights from one that was lowered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch.fx as fx
+from torch import nn
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxrpg.generator import View
+from fxrpg.handle import handle_of
+from fxrpg.lowering import DENSE_OPS
+
+
+def restore(weights: Mapping[int, str]) -> Callable[[fx.GraphModule], PassResult]:
+    """The pass that puts `get_attr <weight>` and the ordinary op where a view was used.
+
+    Args:
+        weights: a view's tensor id -> the name under which the graph module holds the full weight.
+    """
+
+    def restore_graph(gm: fx.GraphModule) -> PassResult:
+        changed = False
+        tracer = fx.proxy.GraphAppendingTracer(gm.graph)
+        for node in list(gm.graph.find_nodes(op="call_function", target=handle_of)):
+            with gm.graph.inserting_before(node):
+                node.replace_all_uses_with(gm.graph.get_attr(weights[View.parse(node.args[2]).tensor]))
+            gm.graph.erase_node(node)
+            changed = True
+        for op, dense in DENSE_OPS.items():
+            n = len(dense.inputs)
+            for node in list(gm.graph.find_nodes(op="call_function", target=op)):
+                args = fx.node.map_arg(node.args, lambda n: fx.Proxy(n, tracer))
+                with gm.graph.inserting_before(node):
+                    weight = fx.Proxy(gm.graph.get_attr(weights[View.parse(args[n + 3]).tensor]), tracer)
+                    plain = dense.forward(*args[:n], weight, args[n], *args[n + 4 :]).node
+                plain.meta = dict(node.meta)
+                node.replace_all_uses_with(plain)
+                gm.graph.erase_node(node)
+                changed = True
+        if changed:
+            for read in [node for node in gm.graph.find_nodes(op="get_attr") if not node.users]:
+                gm.graph.erase_node(read)
+            gm.graph.lint()
+            gm.recompile()
+        return PassResult(gm, changed)
+
+    return restore_graph
+
+
+def put_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Register `parameter` under its dotted name, with empty modules on the way where a graph has dropped them."""
+    *path, attribute = name.split(".")
+    module = root
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    module._parameters[attribute] = parameter
