@@ -73,7 +73,7 @@ def transform(
 
 
 def materialize(model: nn.Module) -> nn.Module:
-    """An ordinary module with the full weights under their original names, equal to the transformed `model` in what it computes."""
+    """An ordinary module with full weights under their original names, computing what `model` computes."""
     plan_of(model)
     result = copy.deepcopy(model)
     disassemble(result)
@@ -141,7 +141,9 @@ def _checked_rules(plan: Any) -> tuple[Rule, ...]:
     rules = (plan,) if isinstance(plan, Rule) else tuple(plan)
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise FxrpgError("plan", "must hold fxrpg.Rule objects", repr(rule), 'Write fxrpg.Rule("layer1.*", "dense").')
+            raise FxrpgError(
+                "plan", "must hold fxrpg.Rule objects", repr(rule), 'Write fxrpg.Rule("layer1.*", "dense").'
+            )
     return rules
 
 
@@ -149,12 +151,14 @@ def _check_modules(model: nn.Module) -> None:
     """Refuse what has no weights yet, or none that autograd could train."""
     for name, module in model.named_modules():
         where = name or type(model).__name__
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
             fix = "Run one forward pass, which initialises lazy modules, then transform."
             raise FxrpgError(where, "parameters must be initialised", f"the lazy {type(module).__name__}", fix)
         if ".quantized." in f"{type(module).__module__}." and "qat" not in type(module).__module__:
             fix = "Transform the float model; quantise the ring instead of the weights."
-            raise FxrpgError(where, "weights must be floating-point parameters", f"the quantised {type(module).__name__}", fix)
+            raise FxrpgError(
+                where, "weights must be floating-point parameters", f"the quantised {type(module).__name__}", fix
+            )
 
 
 def _check_alike(chosen: list[Candidate]) -> None:

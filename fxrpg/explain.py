@@ -13,7 +13,7 @@ from torch import nn
 from fxrpg.assemble import owners_of, plan_of, trace_of
 from fxrpg.handle import handle_of
 from fxrpg.lowering import DENSE_OPS
-from fxrpg.owner import link_of, stock_layer
+from fxrpg.owner import link_of, plain_class, stock_layer
 from fxrpg.passes.lower import OP, REASONS
 from fxrpg.plan import Plan
 
@@ -54,7 +54,8 @@ class Explanation:
 
     def __str__(self) -> str:
         counts = {
-            status: sum(prod(row.shape) for row in self.rows if row.status == status) for status in ("generated", "dense")
+            status: sum(prod(row.shape) for row in self.rows if row.status == status)
+            for status in ("generated", "dense")
         }
         paths = [path for path in ("fused", "staged", "materialized", "unknown") if self.fraction(path)]
         shares = ", ".join(f"{100 * self.fraction(path):.1f}% {path}" for path in paths)
@@ -86,7 +87,7 @@ def explain(model: nn.Module) -> Explanation:
 def _handle_rows(model: nn.Module, plan: Plan) -> Iterator[Row]:
     seen = trace_of(model).seen
     for name, owner, _attribute in owners_of(model, plan) if not isinstance(model, fx.GraphModule) else _called(model):
-        stock = stock_layer(type(owner)._fxrpg_base)
+        stock = stock_layer(plain_class(owner))
         predicted = ("staged", stock.__name__, "") if stock else ("unknown", "", "nothing has consumed it yet")
         path, op, reason = seen.get(name, predicted)
         shape = plan.views[name].shape
@@ -118,5 +119,9 @@ def _graph_rows(model: nn.Module, plan: Plan) -> Iterator[Row]:
             op, reason = ", ".join(reasons), "; ".join(dict.fromkeys(reasons.values()))
         else:
             continue
-        found[name] = Row(name=name, shape=plan.views[name].shape, status="generated", way="graph", path=path, op=op, reason=reason)
-    yield from (row for name, row in found.items() if row.path != "unknown" or name not in {n for n, _, _ in _called(model)})
+        found[name] = Row(
+            name=name, shape=plan.views[name].shape, status="generated", way="graph", path=path, op=op, reason=reason
+        )
+    yield from (
+        row for name, row in found.items() if row.path != "unknown" or name not in {n for n, _, _ in _called(model)}
+    )

@@ -48,7 +48,7 @@ class Handle(Tensor):
 
     generated: Generated
     weight_name: str
-    trace: Trace
+    weight_trace: Trace
     chain: tuple[Step, ...]
     aliasing: bool
     differentiable: bool
@@ -68,7 +68,7 @@ class Handle(Tensor):
         handle = Tensor._make_wrapper_subclass(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=state.device
         )
-        handle.generated, handle.weight_name, handle.trace = generated, name, trace
+        handle.generated, handle.weight_name, handle.weight_trace = generated, name, trace
         handle.chain, handle.aliasing = chain, aliasing
         handle.differentiable = like.requires_grad if chain else state.requires_grad and torch.is_grad_enabled()
         return handle
@@ -80,12 +80,12 @@ class Handle(Tensor):
         result = step(stand_in)
         if isinstance(result, Tensor):
             return self._after(step, result, stand_in)
-        parts = [self._after(lambda w, i=i: step(w)[i], part, stand_in) for i, part in enumerate(result)]
+        parts = [self._after(_part(step, i), part, stand_in) for i, part in enumerate(result)]
         return type(result)(parts)
 
     def _after(self, step: Step, result: Tensor, stand_in: Tensor) -> Handle:
         aliasing = self.aliasing and _storage(result) == _storage(stand_in)
-        return Handle(self.generated, self.weight_name, self.trace, (*self.chain, step), result, aliasing)
+        return Handle(self.generated, self.weight_name, self.weight_trace, (*self.chain, step), result, aliasing)
 
     def _geometry(self) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
         with torch._C.DisableTorchFunctionSubclass():
@@ -132,7 +132,7 @@ class Handle(Tensor):
         return consume(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Reached only below autograd, where a gradient would be lost without a word."""
         handles = _handles((args, kwargs))
         if torch.is_grad_enabled() and any(h.differentiable for h in handles):
@@ -143,7 +143,9 @@ class Handle(Tensor):
                 f'Leave the weight dense with Rule("{handles[0].weight_name}", "dense").',
             )
         for handle in handles:
-            handle.trace.note(handle.weight_name, "materialized", str(func), "called below torch's function dispatch")
+            handle.weight_trace.note(
+                handle.weight_name, "materialized", str(func), "called below torch's function dispatch"
+            )
         args, kwargs = pytree.tree_map_only(Handle, Handle.produce, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
 
@@ -165,13 +167,13 @@ def consume(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out, weight = _lowered(func, args, kwargs)
     except NotLowered as reason:
         for handle in handles:
-            handle.trace.note(handle.weight_name, "materialized", op, str(reason))
+            handle.weight_trace.note(handle.weight_name, "materialized", op, str(reason))
         return _materialized(func, args, kwargs, handles)
     for handle in handles:
         if handle is weight:
-            handle.trace.note(handle.weight_name, "staged", op)
+            handle.weight_trace.note(handle.weight_name, "staged", op)
         else:
-            handle.trace.note(handle.weight_name, "materialized", op, "stands beside the op's weight")
+            handle.weight_trace.note(handle.weight_name, "materialized", op, "stands beside the op's weight")
     return out
 
 
@@ -234,6 +236,10 @@ class _Recipes:
             return _replay(generate_weight(*generated[:3]), chain).as_strided(*geometry)
 
 
+def _part(step: Step, i: int) -> Step:
+    return lambda weight: step(weight)[i]
+
+
 def _replay(weight: Tensor, chain: tuple[Step, ...]) -> Tensor:
     for step in chain:
         weight = step(weight)
@@ -267,7 +273,22 @@ def _refuse_write(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 _WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", "retain_grad", "backward"} | {
-    f"__i{op}__" for op in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
+    f"__i{op}__"
+    for op in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    ]
 }
 
 

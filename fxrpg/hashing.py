@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,11 +112,11 @@ class Bijection:
     count: int
     keys: tuple[int, ...]
 
-    @classmethod
-    def keyed(cls, count: int, seed: int, *labels: int) -> Bijection:
+    @staticmethod
+    def keyed(count: int, seed: int, *labels: int) -> Bijection:
         """The permutation of 0 .. count-1 that belongs to (seed, labels). Small counts take eight rounds, others six."""
         rounds = 8 if count < 1 << 14 else 6
-        return _keyed(cls, count, tuple(derive_key(seed, *labels, r) for r in range(rounds)))
+        return _shared(count, tuple(derive_key(seed, *labels, r) for r in range(rounds)))
 
     @property
     def factors(self) -> tuple[int, int]:
@@ -166,7 +167,7 @@ class Bijection:
     def _inverse_holes(self) -> tuple[int, ...]:
         return self._walk(self._rounds_inverse)
 
-    def _walk(self, step) -> tuple[int, ...]:
+    def _walk(self, step: Callable[[Tensor], Tensor]) -> tuple[int, ...]:
         """Where each element of [count, a*b) ends when `step` is repeated until it falls below count."""
         a, b = self.factors
         y = torch.arange(self.count, a * b, dtype=torch.int64)
@@ -176,8 +177,8 @@ class Bijection:
 
 
 @functools.lru_cache(maxsize=4096)
-def _keyed(cls: type[Bijection], count: int, keys: tuple[int, ...]) -> Bijection:
-    return cls(count, keys)  # shared, so that its hole tables are built once
+def _shared(count: int, keys: tuple[int, ...]) -> Bijection:
+    return Bijection(count, keys)  # one object, so that its hole tables are built once
 
 
 def _wrap(x: Tensor, n: int) -> Tensor:
@@ -211,4 +212,3 @@ def _factors(count: int, chunk: int = 1 << 20) -> tuple[int, int]:
             break
     assert best is not None
     return best[1], best[2]
-

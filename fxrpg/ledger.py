@@ -73,8 +73,8 @@ def ledger(model: nn.Module) -> Ledger:
     own = {plan.generator.state_name, SCALE, DIGEST}
     parameters = [p for name, p in model.named_parameters() if name not in own]
     dense, frozen = (sum(p.numel() for p in parameters if not (only and p.requires_grad)) for only in (False, True))
-    buffers = {id(t): t for name, t in model.state_dict(keep_vars=True).items() if name not in own}
-    buffers = [t for t in buffers.values() if not isinstance(t, nn.Parameter)]
+    saved = {id(t): t for name, t in model.state_dict(keep_vars=True).items() if name not in own}
+    buffers = [t for t in saved.values() if not isinstance(t, nn.Parameter)]
     resident = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return Ledger(
         dof=plan.size,

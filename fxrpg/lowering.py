@@ -88,7 +88,7 @@ class Rule:
 
 
 LOWERINGS: dict[Any, Rule] = {}
-LAYERS: dict[type, Callable[..., Any]] = {}
+LAYERS: dict[Any, Callable[..., Any]] = {}
 
 
 def lowers(
@@ -291,6 +291,6 @@ def _differentiable_grads(
     """Gradients through plain torch ops on the materialized weight: slower, and differentiable again."""
     weight = torch.ops.fxrpg.generate.default(state, scale, text).to(_compute_dtype(tuple(xs), state))
     out = dense.forward(*xs, weight, bias, *config)
-    wanted = [t for t, need in zip((*xs, bias, state), needed, strict=True) if need]
+    wanted: Any = [t for t, need in zip((*xs, bias, state), needed, strict=True) if need]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
     return [next(found) if need else None for need in needed]

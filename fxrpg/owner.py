@@ -6,21 +6,23 @@ The user's forward, hooks, control flow and names stay as they are, and `isinsta
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from fxrpg.errors import FxrpgError
 from fxrpg.generator import View
 from fxrpg.handle import Handle, Trace
 from fxrpg.lowering import LAYERS, Generated
 
 SCALE = "fxrpg_scale"
 DIGEST = "fxrpg_digest"
+PLAN = "_fxrpg_plan"
+TRACE = "_fxrpg_trace"
 _LINK = "_fxrpg_link"
-_TRACE = "_fxrpg_trace"
 
 
 class Link:
@@ -41,7 +43,7 @@ def own(root: nn.Module, weights: Iterable[tuple[str, nn.Module, str, View]], tr
 
     The root must hold the state and the scales as `View.generator.state_name` and `fxrpg_scale`.
     """
-    root.__dict__[_TRACE] = trace
+    root.__dict__[TRACE] = trace
     owners: dict[int, nn.Module] = {}
     for name, owner, attribute, view in weights:
         link = owner.__dict__.setdefault(_LINK, Link(root, list(owner._parameters)))
@@ -51,13 +53,14 @@ def own(root: nn.Module, weights: Iterable[tuple[str, nn.Module, str, View]], tr
     for owner in owners.values():
         if isinstance(owner, nn.RNNBase):
             owner.__dict__.pop("_flat_weights", None)  # a property of the generated class from here on
-        owner.__class__ = owner_class(type(owner), tuple(owner.__dict__[_LINK].weights))
+        base: Any = type(owner)
+        owner.__class__ = owner_class(base, tuple(owner.__dict__[_LINK].weights))
 
 
 def disown(owner: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     """Make `owner` an ordinary module again, with `weights` (attribute -> parameter) at their old places."""
     link: Link = owner.__dict__.pop(_LINK)
-    owner.__class__ = type(owner)._fxrpg_base
+    owner.__class__ = plain_class(owner)
     parameters = owner._parameters | weights
     owner._parameters.clear()
     for attribute in [*link.order, *(a for a in parameters if a not in link.order)]:
@@ -67,6 +70,35 @@ def disown(owner: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         owner._init_flat_weights()
 
 
+def watch_loading(root: nn.Module) -> None:
+    """Have `load_state_dict` refuse a state of another seed, plan or implementation, before it changes anything."""
+    if not _watches(root):
+        root.register_load_state_dict_pre_hook(_check_digest)
+
+
+def unwatch_loading(root: nn.Module) -> None:
+    """Undo `watch_loading`."""
+    for key in _watches(root):
+        del root._load_state_dict_pre_hooks[key]
+
+
+def _watches(root: nn.Module) -> list[int]:
+    hooks: Any = root._load_state_dict_pre_hooks
+    return [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _check_digest]
+
+
+def _check_digest(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    found = state_dict.get(prefix + DIGEST)
+    expected = module.__dict__[PLAN].digest()
+    if found is not None and not found.is_meta and (digest := bytes(found.tolist()).hex()) != expected:
+        raise FxrpgError(
+            f"load_state_dict, {prefix + DIGEST}",
+            f"the state must belong to this model's seed and plan (digest {expected[:12]}...)",
+            f"digest {digest[:12]}...",
+            "Transform the model with the seed, dof, method and plan that the state was trained with.",
+        )
+
+
 def link_of(module: nn.Module) -> Link | None:
     """The module's link, if it owns generated weights."""
     return module.__dict__.get(_LINK)
@@ -74,7 +106,7 @@ def link_of(module: nn.Module) -> Link | None:
 
 def generated_of(owner: nn.Module, attribute: str) -> Generated:
     """The weight as a lowering takes it: the root's state and scales as they are now, and the view."""
-    link = owner._fxrpg_link
+    link: Any = owner._fxrpg_link
     _name, state, text, shape = link.weights[attribute]
     return Generated(getattr(link.root, state), link.root.fxrpg_scale, text, shape)
 
@@ -84,24 +116,29 @@ def read(owner: nn.Module, attribute: str) -> Tensor:
     generated = generated_of(owner, attribute)
     if torch.compiler.is_compiling():
         return torch.ops.fxrpg.generate.default(generated.state, generated.scale, generated.view)
-    link = owner._fxrpg_link
-    return Handle(generated, link.weights[attribute][0], link.root.__dict__[_TRACE])
+    link: Any = owner._fxrpg_link
+    return Handle(generated, link.weights[attribute][0], link.root.__dict__[TRACE])
 
 
 @functools.cache
-def owner_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+def owner_class(base: Any, attributes: tuple[str, ...]) -> Any:
     """The subclass of `base` whose `attributes` are generated. One class per argument, so that compiled code is shared."""
     namespace: dict[str, Any] = {name: _property(name) for name in attributes}
     namespace |= {"_fxrpg_base": base, "_fxrpg_attributes": attributes, "__reduce_ex__": _reduce}
-    if (layer := LAYERS.get(stock_layer(base))) and attributes == ("weight",):
-        namespace["forward"] = _compilable_forward(base, layer)
+    if (stock := stock_layer(base)) and attributes == ("weight",):
+        namespace["forward"] = _compilable_forward(base, LAYERS[stock])
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         namespace["flatten_parameters"] = lambda self: None
     return type(base)(f"Generated{base.__name__}", (base,), namespace)
 
 
-def stock_layer(base: type[nn.Module]) -> type[nn.Module] | None:
+def plain_class(module: nn.Module) -> Any:
+    """The class that a module has without its generated weights."""
+    return getattr(type(module), "_fxrpg_base", type(module))
+
+
+def stock_layer(base: Any) -> Any:
     """The registered layer type whose forward `base` runs unchanged, if any."""
     for stock in LAYERS:
         if issubclass(base, stock) and base.forward is stock.forward:
@@ -114,7 +151,7 @@ def _property(name: str) -> property:
     return property(lambda self: read(self, name))
 
 
-def _compilable_forward(base: type[nn.Module], layer: Any) -> Any:
+def _compilable_forward(base: Any, layer: Any) -> Any:
     """Under torch.compile a handle cannot be built: the stock layers call their lowered op directly."""
 
     @functools.wraps(base.forward)
@@ -132,10 +169,10 @@ def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle and deepcopy by base class and attributes: the generated class has no name to import it by."""
-    cls = type(self)
+    cls: Any = type(self)
     return _new_owner, (cls._fxrpg_base, cls._fxrpg_attributes), self.__getstate__()
 
 
-def _new_owner(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+def _new_owner(base: Any, attributes: tuple[str, ...]) -> nn.Module:
     cls = owner_class(base, attributes)
     return cls.__new__(cls)

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,10 @@ class Rule:
     def __post_init__(self) -> None:
         if self.action not in (GENERATE, DENSE):
             raise FxrpgError(
-                f"Rule({self.pattern!r}, ...)", "the action must be 'generate' or 'dense'", repr(self.action), "Pass one."
+                f"Rule({self.pattern!r}, ...)",
+                "the action must be 'generate' or 'dense'",
+                repr(self.action),
+                "Pass one.",
             )
         if isinstance(self.pattern, str) and self.pattern.startswith("re:"):
             try:
@@ -209,7 +211,10 @@ def _decide(candidate: Candidate, rule: Rule | None, ends: set[int]) -> Role | s
 def _check_rule(rule: Rule, matched: bool, outcomes: list[Role | str]) -> None:
     if not matched:
         raise FxrpgError(
-            f"plan rule {rule}", "must match a parameter's name", "none that does", "Compare it with named_parameters()."
+            f"plan rule {rule}",
+            "must match a parameter's name",
+            "none that does",
+            "Compare it with named_parameters().",
         )
     refused = [outcome for outcome in outcomes if isinstance(outcome, str)]
     if rule.action == GENERATE and refused and len(refused) == len(outcomes):
@@ -225,7 +230,10 @@ def _most_common(reasons: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for reason in reasons:
         counts[reason] = counts.get(reason, 0) + 1
-    return "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items(), key=lambda item: -item[1])[:3]) or "no parameter"
+    return (
+        "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items(), key=lambda item: -item[1])[:3])
+        or "no parameter"
+    )
 
 
 def lay_out(chosen: Sequence[tuple[Candidate, Role]], generator: Generator, seed: int) -> dict[str, View]:

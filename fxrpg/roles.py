@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod, sqrt
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
-
 
 LAYER_KINDS = ("conv", "linear")  # what the methods' default plans speak of
 
@@ -38,7 +38,7 @@ class Refusal:
     reason: str
 
 
-_Finder = Callable[[nn.Module, str, tuple[int, ...]], Role | Refusal | None]
+_Finder = Callable[[Any, str, tuple[int, ...]], Role | Refusal | None]
 _FINDERS: list[tuple[type, _Finder]] = []
 
 
@@ -64,7 +64,7 @@ def parametrized_layers(root: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]
     """(holder, layer) for the modules that hold a parametrized layer's parameters in the layer's stead."""
     for layer in root.modules():
         if parametrize.is_parametrized(layer):
-            for holder in layer.parametrizations.values():  # type: ignore[union-attr,operator]
+            for holder in layer.parametrizations.values():  # type: ignore[operator]
                 yield holder, layer
 
 

@@ -76,7 +76,13 @@ def transposed_role(shape: tuple[int, ...], transposed: bool) -> Role:
 @lowers(F.conv2d, aten.conv2d.default, aten.conv2d.padding, role=conv_role)
 @lowers(F.conv3d, aten.conv3d.default, aten.conv3d.padding, role=conv_role)
 def conv(
-    input: Any, weight: Generated, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    input: Any,
+    weight: Generated,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Any:
     dims = len(weight.shape) - 2
     dilation = _tuple(dilation, dims)
@@ -135,9 +141,7 @@ def conv_layer(layer: Any, weight: Generated, input: Tensor) -> Tensor:
 
 
 @compiles(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def conv_transpose_layer(
-    layer: Any, weight: Generated, input: Tensor, output_size: list[int] | None = None
-) -> Tensor:
+def conv_transpose_layer(layer: Any, weight: Generated, input: Tensor, output_size: list[int] | None = None) -> Tensor:
     dims = len(layer.kernel_size)
     output_padding = layer._output_padding(
         input, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
@@ -25,11 +27,13 @@ def lower(gm: fx.GraphModule) -> PassResult:
     """
     generates = list(gm.graph.find_nodes(op="call_function", target=GENERATE))
     for generate in generates:
-        matrix = len(View.parse(generate.args[2]).shape) == 2
+        arguments: Any = generate.args
+        state, scale, view = arguments
+        matrix = len(View.parse(view).shape) == 2
         transposes = [user for user in generate.users if matrix and transposes_matrix(user)]
-        reasons = _lower_users(gm.graph, generate, Generated.of(*generate.args), skip=transposes)
+        reasons = _lower_users(gm.graph, generate, Generated.of(state, scale, view), skip=transposes)
         for transpose in transposes:
-            reasons |= _lower_users(gm.graph, transpose, Generated.of(*generate.args, transposed=True), skip=[])
+            reasons |= _lower_users(gm.graph, transpose, Generated.of(state, scale, view, transposed=True), skip=[])
             if not transpose.users:
                 gm.graph.erase_node(transpose)
         _defer(gm.graph, generate, reasons)
@@ -66,7 +70,8 @@ def _lower_call(graph: fx.Graph, call: fx.Node, weight: fx.Node, generated: Gene
         raise NotLowered("the weight was transposed on the way")
     tracer = fx.proxy.GraphAppendingTracer(graph)
     proxied = generated._replace(state=fx.Proxy(generated.state, tracer), scale=fx.Proxy(generated.scale, tracer))
-    args, kwargs = fx.node.map_arg((call.args, call.kwargs), lambda n: proxied if n is weight else fx.Proxy(n, tracer))
+    proxies: Any = lambda n: proxied if n is weight else fx.Proxy(n, tracer)  # noqa: E731
+    args, kwargs = fx.node.map_arg((call.args, call.kwargs), proxies)
     with graph.inserting_before(call):
         lowered = rule.call(*args, **kwargs).node
     lowered.meta = {**call.meta, OP: op_name(call)}
@@ -81,13 +86,16 @@ def op_name(call: fx.Node) -> str:
 
 def rule_for(call: fx.Node) -> Rule | None:
     """The lowering of the op that a node calls, if it has one."""
-    target = getattr(torch.Tensor, call.target, None) if call.op == "call_method" else call.target
+    target: Any = call.target
+    if call.op == "call_method":
+        target = getattr(torch.Tensor, target, None)
     return LOWERINGS.get(target) if call.op in ("call_function", "call_method") else None
 
 
 def transposes_matrix(node: fx.Node) -> bool:
     """Whether the node is a transpose, in one of the ways that graphs write it, given that its argument is a matrix."""
-    target, rest = node.target, node.args[1:]
+    target: Any = node.target
+    rest: Any = node.args[1:]
     if target in (aten.t.default, torch.t, "t"):
         return True
     if target in (aten.transpose.int, torch.transpose, "transpose"):

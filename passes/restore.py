@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.fx as fx
 from torch import nn
@@ -31,12 +32,13 @@ def restore(weights: Mapping[int, str]) -> Callable[[fx.GraphModule], PassResult
         for op, dense in DENSE_OPS.items():
             n = len(dense.inputs)
             for node in list(gm.graph.find_nodes(op="call_function", target=op)):
-                args = fx.node.map_arg(node.args, lambda n: fx.Proxy(n, tracer))
+                proxies: Any = lambda n: fx.Proxy(n, tracer)  # noqa: E731
+                args: Any = fx.node.map_arg(node.args, proxies)
                 with gm.graph.inserting_before(node):
-                    weight = fx.Proxy(gm.graph.get_attr(weights[View.parse(args[n + 3]).tensor]), tracer)
-                    plain = dense.forward(*args[:n], weight, args[n], *args[n + 4 :]).node
-                plain.meta = dict(node.meta)
-                node.replace_all_uses_with(plain)
+                    weight: Any = fx.Proxy(gm.graph.get_attr(weights[View.parse(args[n + 3]).tensor]), tracer)
+                    out: Any = dense.forward(*args[:n], weight, args[n], *args[n + 4 :])
+                out.node.meta = dict(node.meta)
+                node.replace_all_uses_with(out.node)
                 gm.graph.erase_node(node)
                 changed = True
         if changed:

@@ -55,7 +55,10 @@ class Ring(Generator):
             raise FxrpgError("Ring(layout=...)", f"must be one of {LAYOUTS}", repr(self.layout), "Pass one of them.")
         if self.layout == "hash" and not self.permute:
             raise FxrpgError(
-                "Ring(permute=False)", "needs layout 'arc' or 'shuffle'", "'hash'", "A hash has no order to leave as it is."
+                "Ring(permute=False)",
+                "needs layout 'arc' or 'shuffle'",
+                "'hash'",
+                "A hash has no order to leave as it is.",
             )
 
     def state_size(self, dof: int | float, weights: int) -> int:
