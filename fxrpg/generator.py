@@ -55,6 +55,10 @@ class Generator(ABC):
         """
 
     @abstractmethod
+    def reference(self, state: Tensor, view: View) -> Tensor:
+        """What `materialize` computes, in the state's dtype and in plain torch ops that autograd and torch.func follow."""
+
+    @abstractmethod
     def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
         """The exact adjoint of `materialize`: gradient of the state from that of the unscaled weight.
 
@@ -118,10 +122,13 @@ class View:
         return weight.permute(self.order).reshape(-1)
 
     def from_logical(self, values: Tensor) -> Tensor:
-        """The inverse of `to_logical`: contiguous, of `shape`."""
+        """The inverse of `to_logical`: of `shape`, with the strides of a fresh contiguous tensor."""
+        if self.order == tuple(range(len(self.order))):
+            return values.view(self.shape)
         inverse = [self.order.index(axis) for axis in range(len(self.order))]
         logical = values.view([self.shape[axis] for axis in self.order])
-        return logical.permute(inverse).contiguous()
+        # not .contiguous(): a 1x1 kernel is contiguous as it is, with strides that a convolution reads as channels_last
+        return logical.permute(inverse).clone(memory_format=torch.contiguous_format)
 
 
 def generator_from(method: str | Generator) -> Generator:

@@ -123,7 +123,7 @@ class Handle(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+        if func in _REQUIRES_GRAD:
             return args[0].differentiable
         _refuse_write(func, args, kwargs)
         if (step := _rearrangement(func, args, kwargs)) is not None:
@@ -190,8 +190,9 @@ def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Handle]
     generated = weight.as_weight()
     if generated.transposed and not rule.transposable:
         raise NotLowered("the weight was transposed on the way")
-    args, kwargs = _replace_handles((args, kwargs), lambda h: generated if h is weight else h.produce())
-    return rule.call(*args, **kwargs), weight
+    rest = [generated if i == rule.position else _replace_handles(arg, Handle.produce) for i, arg in enumerate(args)]
+    named = {k: generated if v is weight else _replace_handles(v, Handle.produce) for k, v in kwargs.items()}
+    return rule.call(*rest, **named), weight
 
 
 def _materialized(func: Any, args: Any, kwargs: dict[str, Any], handles: list[Handle]) -> Any:
@@ -262,7 +263,8 @@ def _refuse_write(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """An in-place write to a generated weight would be lost, so it raises."""
     name = getattr(func, "__name__", "")
     writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-    target = _handles((args[:1] if writes else (), kwargs.get("out")))
+    first = args[:1] or [kwargs.get(key) for key in ("tensor", "input", "self")]
+    target = _handles((first if writes else (), kwargs.get("out")))
     if target:
         raise FxrpgError(
             target[0].weight_name,
@@ -331,6 +333,8 @@ METADATA = _functions(
     "shape dtype device ndim layout names itemsize nbytes is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized"
     " is_mkldnn is_mps is_xpu is_nested is_leaf grad_fn grad _base _version output_nr retains_grad"
 )
+
+_REQUIRES_GRAD = _getters("requires_grad")
 
 _REARRANGEMENTS = _functions(
     "__getitem__ adjoint as_strided broadcast_to chunk contiguous detach diagonal dsplit expand expand_as flatten hsplit"

@@ -50,6 +50,7 @@ def mix32(h: Tensor) -> Tensor:
     return h ^ (h >> 16 & 0xFFFF)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def derive_key(seed: int, *labels: int) -> int:
     """A 32-bit key from a 64-bit seed, the format version and 32-bit labels (purpose, tensor id, round...)."""
     h = 0
@@ -168,12 +169,15 @@ class Bijection:
         return self._walk(self._rounds_inverse)
 
     def _walk(self, step: Callable[[Tensor], Tensor]) -> tuple[int, ...]:
-        """Where each element of [count, a*b) ends when `step` is repeated until it falls below count."""
+        """Where each element of [count, a*b) ends when `step` is repeated until it falls below count.
+
+        An element that never does lies on a cycle outside the range, which nothing in the range reaches: any value will do.
+        """
         a, b = self.factors
         y = torch.arange(self.count, a * b, dtype=torch.int64)
-        while bool((outside := y >= self.count).any()):
-            y[outside] = step(y[outside])
-        return tuple(y.tolist())
+        for _ in range(len(y)):
+            y = torch.where(y >= self.count, step(y), y)
+        return tuple(torch.where(y >= self.count, 0, y).tolist())
 
 
 @functools.lru_cache(maxsize=4096)

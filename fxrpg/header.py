@@ -1,7 +1,7 @@
 """The header of a file: what a reader needs, beside the tensors, to generate every weight, and its checks.
 
 The header is the string `fxrpg` in the file's metadata: JSON with sorted keys and no spaces. `digest` is the SHA-256 of
-that JSON without the field itself; `tensors` holds a SHA-256 for each tensor, over its name, type, shape and bytes.
+that JSON without the field itself, `tensors` that of all tensors.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def header_of(
     table = [
         {
             "name": name,
-            "names": list(plan.names[name]),
+            "ties": [alias for alias in plan.names[name] if alias != name],
             "tensor": view.tensor,
             "shape": list(view.shape),
             "order": list(view.order),
@@ -97,17 +97,19 @@ def header_of(
         "size": plan.size,
         "table": table,
         "rules": list(plan.rules),
-        "dense": plan.dense,
+        "dense": {reason: [n for n, r in plan.dense.items() if r == reason] for reason in plan.dense.values()},
         "aliases": aliases,
-        "tensors": {name: tensor_digest(name, t.cpu()) if hashed else "0" * 64 for name, t in tensors.items()},
+        "tensors": tensors_digest(tensors) if hashed else "0" * 64,
     }
     return header | {"digest": header_digest(header)}
 
 
-def tensor_digest(name: str, tensor: Tensor) -> str:
-    """SHA-256 over a tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(f"{name}|{DTYPES[tensor.dtype]}|{list(tensor.shape)}|".encode())
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over all tensors in the order of their names: name, type, shape and bytes of each."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}|{DTYPES[tensor.dtype]}|{list(tensor.shape)}|".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()
 
 
@@ -121,11 +123,11 @@ def header_digest(header: dict[str, Any]) -> str:
 
 _FIELDS: dict[str, Any] = {
     "format": int, "method": str, "settings": dict, "seed": (int, str), "draws": str, "size": int, "table": list,
-    "rules": list, "dense": dict, "aliases": dict, "tensors": dict, "digest": str,
+    "rules": list, "dense": dict, "aliases": dict, "tensors": str, "digest": str,
 }  # fmt: skip
 _ROW: dict[str, Any] = {
     "name": str,
-    "names": list,
+    "ties": list,
     "tensor": int,
     "shape": list,
     "order": list,
@@ -171,8 +173,8 @@ def _check_table(path: Any, fields: dict[str, Any]) -> None:
             raise damaged(
                 path, f"{row['name']!r} must have a shape and an order of its axes", f"{row['shape']}, {row['order']}"
             )
-        if not all(isinstance(alias, str) for alias in row["names"]) or row["name"] not in row["names"]:
-            raise damaged(path, f"{row['name']!r} must be one of its own names", repr(row["names"])[:80])
+        if not all(isinstance(alias, str) for alias in row["ties"]):
+            raise damaged(path, f"the ties of {row['name']!r} must be names", repr(row["ties"])[:80])
     views = _views(fields, generator, seed=0)
     if sorted(row["tensor"] for row in table) != list(range(len(table))) or len(views) != len(table) or not table:
         raise damaged(path, "the table must number its weights from 0", "others")
@@ -224,8 +226,8 @@ def _plan(fields: dict[str, Any], seed: int) -> Plan:
         seed=seed,
         size=fields["size"],
         views=_views(fields, generator, seed),
-        names={row["name"]: tuple(row["names"]) for row in fields["table"]},
-        dense=dict(fields["dense"]),
+        names={row["name"]: (row["name"], *row["ties"]) for row in fields["table"]},
+        dense={name: reason for reason, names in fields["dense"].items() for name in names},
         rules=tuple(fields["rules"]),
     )
 

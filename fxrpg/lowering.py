@@ -232,13 +232,21 @@ def define_staged_op(dense: DenseOp) -> None:
         return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
     def backward_fake(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        xs, state, config, needed = args[:n], args[n], args[n + 3 : -1], args[-1]
-        bias = dense.bias_grad(grad, *config) if needed[n] else None
-        likes = [torch.empty_like(x) for x in xs] + [bias, state.new_empty(state.shape)]
-        return tuple(like if need else grad.new_empty(0) for like, need in zip(likes, needed, strict=True))
+        xs, (state, _, text), config, needed = args[:n], args[n : n + 3], args[n + 3 : -1], args[-1]
+        grads: list[Tensor | None] = [None] * (n + 2)
+        if any(needed[:n]):
+            weight = state.new_empty(View.parse(text).shape, dtype=_compute_dtype(xs, state))
+            grads[:n] = dense.input_grads(grad, xs, weight, needed[:n], *config)
+        grads[n] = dense.bias_grad(grad, *config) if needed[n] else None
+        grads[n + 1] = torch.empty_like(state) if needed[n + 1] else None
+        return tuple(grad.new_empty(0) if g is None else g for g in grads)
+
+    def plain(*args: Any) -> Tensor:
+        xs, (bias, state, scale, text), config = args[:n], args[n : n + 4], args[n + 4 :]
+        return dense.forward(*xs, plain_weight(state, scale, text).to(_compute_dtype(xs, state)), bias, *config)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:n], *inputs[n : n + 3])
+        ctx.save_for_backward(*inputs[: n + 3])
         ctx.text, ctx.config = inputs[n + 3], inputs[n + 4 :]
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -262,9 +270,40 @@ def define_staged_op(dense: DenseOp) -> None:
     LIBRARY.impl(f"{dense.name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxrpg::{dense.name}", forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"fxrpg::{dense.name}_backward", backward_fake, lib=LIBRARY)
-    torch.library.register_autograd(f"fxrpg::{dense.name}", differentiate, setup_context=save, lib=LIBRARY)
+    LIBRARY.impl(dense.name, autograd_kernel(op, save, differentiate, plain), "Autograd")
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(dense.name, autocast, key)
+
+
+def autograd_kernel(
+    op: Any, save: Callable[..., None], differentiate: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The Autograd kernel of `op`: as `torch.library.register_autograd` makes it, but open to torch.func's transforms.
+
+    Args:
+        save: (ctx, inputs, output), keeps what backward needs.
+        differentiate: (ctx, grad) -> one gradient or None for each input.
+        plain: the op written in plain torch, for torch.func (which cannot enter an autograd.Function from here).
+    """
+
+    def forward(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    members = {"forward": forward, "setup_context": save, "backward": differentiate}
+    name = f"{op.name().replace('::', '_')}_function"
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
+
+    def kernel(*args: Any) -> Any:
+        return plain(*args) if torch._C._are_functorch_transforms_active() else function.apply(*args)
+
+    return kernel
+
+
+def plain_weight(state: Tensor, scale: Tensor, text: str) -> Tensor:
+    """`generate_weight` in plain torch ops that autograd and torch.func follow: slow, saves what it likes, the reference."""
+    view = View.parse(text)
+    return view.generator.reference(state, view) * scale_of(scale, view).to(state.dtype)
 
 
 def _compute_dtype(xs: tuple[Tensor, ...], state: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxrpg.generator import View
-from fxrpg.lowering import LIBRARY, accumulate_gradient, generate_weight
+from fxrpg.lowering import LIBRARY, accumulate_gradient, autograd_kernel, generate_weight, plain_weight
 
 LIBRARY.define("generate(Tensor state, Tensor scale, str view) -> Tensor")
 LIBRARY.define("accumulate(Tensor grad, Tensor state, Tensor scale, str view) -> Tensor")
@@ -28,25 +28,6 @@ def generate_fake(state: Tensor, scale: Tensor, view: str) -> Tensor:
 @torch.library.register_fake("fxrpg::accumulate", lib=LIBRARY)
 def accumulate_fake(grad: Tensor, state: Tensor, scale: Tensor, view: str) -> Tensor:
     return torch.empty_like(state)
-
-
-class _Generate(torch.autograd.Function):
-    """Autograd of `generate`: saves the state, never the weight."""
-
-    @staticmethod
-    def forward(ctx: Any, state: Tensor, scale: Tensor, view: str) -> Tensor:
-        ctx.save_for_backward(state, scale)
-        ctx.view = view
-        with torch._C._AutoDispatchBelowAutograd(), _recomputed_in_backward():
-            return torch.ops.fxrpg.generate.default(state, scale, view)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        state, scale = ctx.saved_tensors
-        return torch.ops.fxrpg.accumulate.default(grads[0], state, scale, ctx.view), None, None
-
-
-LIBRARY.impl("generate", _Generate.apply, "Autograd")
 
 
 @contextlib.contextmanager
@@ -66,16 +47,41 @@ def _recomputed_in_backward() -> Iterator[None]:
             meta["recompute"] = before
 
 
+def _generate(state: Tensor, scale: Tensor, view: str) -> Tensor:
+    with _recomputed_in_backward():
+        return _generate_kernel(state, scale, view)
+
+
+def _save_generate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    state, scale, ctx.view = inputs
+    ctx.save_for_backward(state, scale)  # never the weight
+
+
+def _differentiate_generate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return torch.ops.fxrpg.accumulate.default(grad, *ctx.saved_tensors, ctx.view), None, None
+
+
 def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
-    ctx.view = inputs[3]
+    _grad, _state, scale, ctx.view = inputs
+    ctx.save_for_backward(scale)
 
 
 def _differentiate_accumulate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     # accumulate is linear in the weight's gradient, and generate is its adjoint
-    return torch.ops.fxrpg.generate.default(grad, ctx.saved_tensors[0], ctx.view), None, None, None
+    return torch.ops.fxrpg.generate.default(grad, *ctx.saved_tensors, ctx.view), None, None, None
 
 
-torch.library.register_autograd(
-    "fxrpg::accumulate", _differentiate_accumulate, setup_context=_save_accumulate, lib=LIBRARY
+def _plain_accumulate(grad: Tensor, state: Tensor, scale: Tensor, view: str) -> Tensor:
+    """The adjoint as the gradient of a linear map; torch.func differentiates it again."""
+    pull: Any = torch.func.vjp(lambda s: plain_weight(s, scale, view), state)[1]
+    return pull(grad)[0]
+
+
+_generate_kernel = autograd_kernel(
+    torch.ops.fxrpg.generate.default, _save_generate, _differentiate_generate, plain_weight
 )
+_accumulate_kernel = autograd_kernel(
+    torch.ops.fxrpg.accumulate.default, _save_accumulate, _differentiate_accumulate, _plain_accumulate
+)
+LIBRARY.impl("generate", _generate, "Autograd")
+LIBRARY.impl("accumulate", _accumulate_kernel, "Autograd")

@@ -86,6 +86,12 @@ class Ring(Generator):
         values = values.view(-1)[: view.count]
         return view.from_logical(self._reflected(values, view))
 
+    def reference(self, state: Tensor, view: View) -> Tensor:
+        # A ring of the numbers 1 .. N tells which cell each entry reads, and with which sign.
+        ring = torch.arange(1, state.numel() + 1, dtype=torch.float64, device=state.device)
+        read = self.materialize(ring, view, torch.float64)
+        return state[read.abs().long() - 1] * read.sign().to(state.dtype)
+
     def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
         if self.layout == "arc" and torch.are_deterministic_algorithms_enabled():
             return self.gather_gradient(grad, state, view)

@@ -1,0 +1,196 @@
+"""The suite that every generator and every layer inherits (tables in conformance.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conformance import GENERATORS, LAYERS, LayerCase, generated, pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from fxrpg.generator import Generator, View
+from fxrpg.lowering import DENSE_OPS, accumulate_gradient, generate_weight, plain_weight
+
+settings.register_profile("fxrpg", deadline=None, derandomize=True)
+settings.load_profile("fxrpg")
+
+ALL = [pytest.param(g, case, id=f"{g!r}-{case}") for g, case in pairs()]
+SOME = [pytest.param(GENERATORS["ring"][0], case, id=str(case)) for case in LAYERS]
+# By definition, what torch returns for these options of an embedding is not the derivative.
+SMOOTH = [
+    pytest.param(GENERATORS["ring"][0], case, id=str(case)) for case in LAYERS if "padding_idx" not in case.kwargs
+]
+
+
+def reference(weight, case: LayerCase, inputs: list[Tensor], bias: Tensor | None) -> Tensor:
+    """The ordinary op on a weight that autograd follows through plain torch ops on the state."""
+    return case.run(inputs, plain_weight(weight.state, weight.scale, weight.view), bias)
+
+
+def test_tables_are_complete():
+    assert set(GENERATORS) == set(Generator.registry)
+    assert {case.op for case in LAYERS} == {dense.name for dense in DENSE_OPS.values()}
+
+
+@pytest.mark.parametrize(("generator", "case"), ALL)
+def test_equals_autograd_through_materialize(generator, case):
+    weight = generated(generator, case.weight, case.order, 37, torch.float64)
+    outs, grads = [], []
+    for run in (case.lowered, lambda inputs, w, b: reference(w, case, inputs, b)):
+        inputs = [x.requires_grad_(x.is_floating_point()) for x in case.make_inputs(torch.float64)]
+        bias = case.make_bias(torch.float64)
+        wanted = [x for x in (*inputs, bias, weight.state) if x is not None and x.is_floating_point()]
+        out = run(inputs, weight, bias if bias is None else bias.requires_grad_())
+        outs.append(out.detach())
+        grads.append(
+            torch.autograd.grad(out, wanted, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+        )
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-10, atol=1e-10)
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("generator", "case"), SMOOTH)
+def test_gradcheck(generator, case):
+    weight = generated(generator, case.weight, case.order, 11, torch.float64)
+    inputs = [x.requires_grad_(x.is_floating_point()) for x in case.make_inputs(torch.float64)]
+    bias = case.make_bias(torch.float64)
+    tensors = (weight.state, *(x for x in (*inputs, bias) if x is not None and x.is_floating_point()))
+    tensors = tuple(t.requires_grad_() for t in tensors)
+
+    def function(state, *rest):
+        xs = list(rest[: len(inputs)]) if case.op != "embedding" else inputs
+        return case.lowered(xs, weight._replace(state=state), rest[-1] if bias is not None else None)
+
+    assert gradcheck(function, tensors, fast_mode=True)
+    assert gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize(("generator", "case"), SOME)
+def test_opcheck(generator, case):
+    weight = generated(generator, case.weight, case.order, 37, torch.float32)
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append((func, args)) if func.namespace == "fxrpg" else None
+            return func(*args, **(kwargs or {}))
+
+    inputs = [x.requires_grad_(x.is_floating_point()) for x in case.make_inputs(torch.float32)]
+    with Record():
+        case.lowered(inputs, weight, case.make_bias(torch.float32)).sum().backward()
+    assert {func.name() for func, _ in calls} == {f"fxrpg::{case.op}", f"fxrpg::{case.op}_backward"}
+    for func, args in calls:
+        args = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+        if func in DENSE_OPS:
+            args = [a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        torch.library.opcheck(func, tuple(args))
+
+
+@pytest.mark.parametrize("op", ["generate", "accumulate"])
+def test_opcheck_of_the_generating_ops(op):
+    weight = generated(GENERATORS["ring"][0], (4, 5), (0, 1), 37, torch.float32)
+    arguments = (weight.state, weight.scale, weight.view)
+    if op == "accumulate":
+        arguments = (torch.randn(4, 5, requires_grad=True), weight.state.detach(), *arguments[1:])
+    torch.library.opcheck(getattr(torch.ops.fxrpg, op).default, arguments)
+
+
+@pytest.mark.parametrize(("generator", "case"), SOME)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_compute(generator, case, dtype):
+    """A float32 state under 16-bit inputs: the weight is the float32 one, rounded once."""
+    weight = generated(generator, case.weight, case.order, 37, torch.float32)
+    inputs, bias = case.make_inputs(dtype), case.make_bias(dtype)
+    wide = [x.float() if x.is_floating_point() else x for x in inputs]
+    expected = case.run(
+        wide, generate_weight(weight.state, weight.scale, weight.view), bias if bias is None else bias.float()
+    )
+    out = case.lowered(inputs, weight, bias)
+    tolerance = 0.05 if dtype is torch.bfloat16 else 0.01
+    torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+    out.sum().backward()
+    assert weight.state.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("generator", "case"), SOME)
+def test_inputs_of_any_strides(generator, case):
+    weight = generated(generator, case.weight, case.order, 37, torch.float64)
+    inputs = case.make_inputs(torch.float64)
+    strided = [torch.stack([x, x], -1)[..., 0] for x in inputs]
+    bias = case.make_bias(torch.float64)
+    torch.testing.assert_close(
+        case.lowered(strided, weight, bias), case.lowered(inputs, weight, bias), rtol=1e-12, atol=1e-12
+    )
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_convolutions_of_any_shape(data):
+    """Shapes, strides, groups, dilation, ring sizes, blocks and layouts, all drawn at once."""
+    dims = data.draw(st.integers(1, 3))
+    groups = data.draw(st.integers(1, 3))
+    transposed = data.draw(st.booleans())
+    outer, inner = groups * data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    kernel = [data.draw(st.integers(1, 3)) for _ in range(dims)]
+    stride = [data.draw(st.integers(1, 3)) for _ in range(dims)]
+    dilation = [data.draw(st.integers(1, 2)) for _ in range(dims)]
+    padding = [data.draw(st.integers(0, 1)) for _ in range(dims)]
+    spatial = [d * (k - 1) + data.draw(st.integers(1, 4)) for k, d in zip(kernel, dilation, strict=True)]
+    generator = data.draw(st.sampled_from(GENERATORS["ring"]))
+    function = getattr(torch.nn.functional, f"conv{'_transpose' if transposed else ''}{dims}d")
+    channels = outer if transposed else inner * groups
+    axes = tuple(range(2, 2 + dims))
+    case = LayerCase(
+        "conv",
+        function,
+        ((2, channels, *spatial),),
+        (outer, inner, *kernel),
+        (1, *axes, 0) if transposed else (0, *axes, 1),
+        None,
+        {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+    )
+    if transposed and any(  # an output without elements is an error of torch's own
+        (n - 1) * s - 2 * p + d * (k - 1) + 1 < 1
+        for n, s, p, d, k in zip(spatial, stride, padding, dilation, kernel, strict=True)
+    ):
+        return
+    weight = generated(generator, case.weight, case.order, data.draw(st.integers(1, 80)), torch.float64)
+    x = case.make_inputs(torch.float64)[0].requires_grad_()
+    out, expected = case.lowered([x], weight, None), reference(weight, case, [x], None)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    for found, wanted in zip(
+        torch.autograd.grad(out.square().sum(), (x, weight.state)),
+        torch.autograd.grad(expected.square().sum(), (x, weight.state)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in LAYERS])
+def test_needs_only_what_is_asked_for(case):
+    """A frozen state gets no gradient, and inputs without gradients cost no second generation."""
+    weight = generated(GENERATORS["ring"][0], case.weight, case.order, 37, torch.float64)
+    inputs, bias = case.make_inputs(torch.float64), case.make_bias(torch.float64)
+    case.lowered(inputs, weight, bias).sum().backward()
+    assert weight.state.grad is not None
+    frozen = weight._replace(state=weight.state.detach())
+    assert not case.lowered(inputs, frozen, bias).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_unscaled_values_are_the_state_cast(dtype):
+    for generator in GENERATORS["ring"]:
+        weight = generated(generator, (5, 7), (0, 1), 24, torch.float64)
+        view = View.parse(weight.view)
+        exact = view.generator.materialize(weight.state, view, torch.float64)
+        assert torch.equal(view.generator.materialize(weight.state, view, dtype), exact.to(dtype))
+
+
+def test_state_gradient_is_accumulated_in_float32():
+    weight = generated(GENERATORS["ring"][1], (64, 64), (0, 1), 1, torch.bfloat16)
+    grad = torch.full((64, 64), 2.0**-7, dtype=torch.bfloat16)
+    wide = accumulate_gradient(grad.double(), weight.state.double(), weight.scale, weight.view)
+    assert torch.equal(accumulate_gradient(grad, weight.state.detach(), weight.scale, weight.view), wide.bfloat16())
