@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_without, disassemble, plan_of
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, generator_from
+from fxrpg.generator import Generator, generator_from, rounded
 from fxrpg.hashing import SEED_LIMIT
 from fxrpg.passes.pipeline import graph_roles
 from fxrpg.plan import Candidate, Plan, Rule, candidates, choose, lay_out
@@ -90,10 +90,10 @@ def _initial(plan: Plan, chosen: Sequence[tuple[Candidate, Role]]) -> tuple[Tens
     parameter = chosen[0][0].parameter
     deviations = {candidate.name: _deviation(candidate.parameter, role) for candidate, role in chosen}
     energy = sum(view.count * deviations[name] ** 2 for name, view in plan.views.items())
-    mean = _rounded(math.sqrt(energy / plan.generated))
+    mean = rounded(math.sqrt(energy / plan.generated))
     scale = torch.empty(len(plan.views), dtype=torch.float64)
     for name, view in plan.views.items():
-        scale[view.tensor] = _rounded(deviations[name] / mean)
+        scale[view.tensor] = rounded(deviations[name] / mean)
     scale = scale.to(torch.float32).to(parameter.device)
     if parameter.is_meta:
         return torch.empty(plan.size, dtype=parameter.dtype, device="meta"), scale
@@ -107,12 +107,6 @@ def _deviation(parameter: Tensor, role: Role) -> float:
         return role.std
     found = parameter.detach().to(torch.float64).std(correction=0).item()
     return found if math.isfinite(found) and found > 1e-12 else role.std
-
-
-def _rounded(x: float) -> float:
-    """`x` with 16 significant bits."""
-    mantissa, exponent = math.frexp(x)
-    return math.ldexp(round(mantissa * (1 << 16)), exponent - 16)
 
 
 def _state_size(dof: Any, generator: Generator, weights: int) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +96,7 @@ class View:
     @property
     def count(self) -> int:
         """Number of elements."""
-        return prod(self.shape)
+        return math.prod(self.shape)
 
     @functools.cached_property
     def text(self) -> str:
@@ -129,6 +129,12 @@ class View:
         logical = values.view([self.shape[axis] for axis in self.order])
         # not .contiguous(): a 1x1 kernel is contiguous as it is, with strides that a convolution reads as channels_last
         return logical.permute(inverse).clone(memory_format=torch.contiguous_format)
+
+
+def rounded(x: float) -> float:
+    """`x` with 16 significant bits: those of a measured deviation that do not depend on the number of threads."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * (1 << 16)), exponent - 16)
 
 
 def generator_from(method: str | Generator) -> Generator:

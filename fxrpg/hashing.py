@@ -21,8 +21,8 @@ SEED_LIMIT = 1 << 64
 # What a stream of random words is for; part of its key.
 PERMUTE, SIGN, CELL, INIT = 1, 2, 3, 4
 
-_MASK = 0xFFFFFFFF
-_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
+_MASK, _MASK_64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+_GOLDEN, _GOLDEN_64 = 0x9E3779B9, 0x9E3779B97F4A7C15  # 2^32 and 2^64 over the golden ratio
 _WEYL = 0x9E3779B1  # the prime next to it
 _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B  # C. Wellons' lowbias32 (public domain)
 
@@ -32,17 +32,8 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def mix32_int(h: int) -> int:
-    """A 32-bit mixing bijection on one Python integer."""
-    h ^= h >> 16
-    h = h * _MIX_1 & _MASK
-    h ^= h >> 15
-    h = h * _MIX_2 & _MASK
-    return h ^ h >> 16
-
-
 def mix32(h: Tensor) -> Tensor:
-    """`mix32_int` on every element of an int32 tensor (the bits of a uint32)."""
+    """A 32-bit mixing bijection on every element of an int32 tensor (the bits of a uint32)."""
     h = h ^ (h >> 16 & 0xFFFF)  # int32 shifts carry the sign bit in: mask it away
     h = h * _signed(_MIX_1)
     h = h ^ (h >> 15 & 0x1FFFF)
@@ -52,11 +43,18 @@ def mix32(h: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1 << 16)
 def derive_key(seed: int, *labels: int) -> int:
-    """A 32-bit key from a 64-bit seed, the format version and 32-bit labels (purpose, tensor id, round...)."""
+    """A 32-bit key from a 64-bit seed, the format version and labels below 2^64 (purpose, tensor id, round...).
+
+    The words pass one by one through a 64-bit state, mixed by the finaliser of SplitMix64: two seeds or labels part ways
+    with all the 64 bits that they differ in, and only the key is cut to its upper half.
+    """
     h = 0
-    for word in (FORMAT_VERSION, seed & _MASK, seed >> 32, *labels):
-        h = (mix32_int(h ^ word) + _GOLDEN) & _MASK
-    return mix32_int(h)
+    for word in (FORMAT_VERSION, seed, *labels):
+        h = (h ^ word) + _GOLDEN_64 & _MASK_64
+        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
+        h = (h ^ h >> 27) * 0x94D049BB133111EB & _MASK_64
+        h ^= h >> 31
+    return h >> 32
 
 
 def random_words(first: int, count: int, seed: int, *labels: int, device: torch.device | str = "cpu") -> Tensor:

@@ -199,6 +199,8 @@ def _decide(candidate: Candidate, rule: Rule | None, ends: set[int]) -> Role | s
         return role.reason
     if not parameter.requires_grad:
         return "frozen"
+    if not parameter.numel():
+        return "empty"
     if not parameter.is_floating_point():
         return f"of type {parameter.dtype}"
     if rule is None and role.kind not in LAYER_KINDS:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View
+from fxrpg.generator import Generator, View, rounded
 from fxrpg.hashing import CELL, INIT, PERMUTE, SIGN, Bijection, near_normal, random_words, words_at
 
 BLOCKS = (1, 8, 16, 32, 64)
@@ -73,8 +73,9 @@ class Ring(Generator):
 
     def init_state(self, size: int, seed: int, std: float) -> Tensor:
         values = near_normal(size, seed, INIT)
-        # A short ring would miss its deviation by chance: set it exactly.
-        return values * (std / values.square().mean().sqrt().item())
+        # A short ring would miss its deviation by chance: set it.
+        found = rounded(values.square().mean().sqrt().item())
+        return values * (std / found) if found else torch.full_like(values, std)
 
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
         state = state.detach().to(dtype)
@@ -109,7 +110,11 @@ class Ring(Generator):
         return out
 
     def gather_gradient(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
-        """The adjoint by gathering through the inverse permutation: each cell sums its users in a fixed tree, no atomics."""
+        """The adjoint by gathering through the inverse permutation: each cell sums its users in a fixed tree, no atomics.
+
+        For the layout "arc": in the others a weight has no stretch of the ring of its own.
+        """
+        assert self.layout == "arc"
         size = state.numel()
         blocks = self._signed_blocks(grad, view)
         if self.permute:
