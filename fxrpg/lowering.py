@@ -104,7 +104,7 @@ def lowers(
         position: where the weight stands among the op's positional arguments.
         keyword: its name when given by keyword.
         transposable: whether the rule also takes a weight that was transposed on the way.
-        role: (shape, transposed) -> the role that a parameter has by being this op's weight in a graph.
+        role: (shape, transposed, *arguments of the call) -> the role of a parameter that is this op's weight in a graph.
     """
 
     def register(call: Callable[..., Any]) -> Callable[..., Any]:

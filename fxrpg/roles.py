@@ -73,23 +73,23 @@ def raw_role(shape: tuple[int, ...]) -> Role:
     return Role("raw", tuple(range(len(shape))), _uniform(prod(shape[1:])))
 
 
-def linear_role(shape: tuple[int, ...], transposed: bool = False) -> Role:
+def linear_role(shape: tuple[int, ...], transposed: bool = False, *_: Any) -> Role:
     """A matrix [out, in], or [in, out] if `transposed`."""
     return Role("linear", (1, 0) if transposed else (0, 1), _uniform(shape[0] if transposed else shape[1]))
 
 
-def conv_role(shape: tuple[int, ...], transposed: bool = False) -> Role:
+def conv_role(shape: tuple[int, ...], transposed: bool = False, *_: Any) -> Role:
     """A kernel [out, in / groups, *kernel], or [in, out / groups, *kernel] of a transposed convolution."""
     kernel = tuple(range(2, len(shape)))
     return Role("conv", (1, *kernel, 0) if transposed else (0, *kernel, 1), _uniform(prod(shape[1:])))
 
 
-def embedding_role(shape: tuple[int, ...], transposed: bool = False) -> Role:
+def embedding_role(shape: tuple[int, ...], transposed: bool = False, *_: Any) -> Role:
     """A table [num, dim]; one row is read at a time, so its fan-in is one."""
     return Role("embedding", (0, 1), 1.0)
 
 
-def bilinear_role(shape: tuple[int, ...], transposed: bool = False) -> Role:
+def bilinear_role(shape: tuple[int, ...], transposed: bool = False, *_: Any) -> Role:
     """A stack of matrices [out, in1, in2]."""
     return Role("bilinear", (0, 1, 2), _uniform(shape[1]))
 

@@ -68,8 +68,14 @@ define_staged_op(
 )
 
 
-def transposed_role(shape: tuple[int, ...], transposed: bool) -> Role:
+def transposed_role(shape: tuple[int, ...], *_: Any) -> Role:
+    """The weight of a transposed convolution is [in, out / groups, *kernel]."""
     return conv_role(shape, transposed=True)
+
+
+def convolution_role(shape: tuple[int, ...], transposed: bool, *call: Any) -> Role:
+    """`aten.convolution` tells by its seventh argument which of the two it is."""
+    return conv_role(shape, transposed=bool(call[6]))
 
 
 @lowers(F.conv1d, aten.conv1d.default, aten.conv1d.padding, role=conv_role)
@@ -112,7 +118,7 @@ def conv_transpose(
     return torch.ops.fxrpg.conv.default(input, bias, *weight[:3], *lists, groups)
 
 
-@lowers(aten.convolution.default)
+@lowers(aten.convolution.default, role=convolution_role)
 def convolution(input: Any, weight: Generated, bias: Any, *config: Any) -> Any:
     return torch.ops.fxrpg.conv.default(input, bias, *weight[:3], *config)
 

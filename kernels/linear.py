@@ -46,7 +46,7 @@ define_staged_op(
 )
 
 
-def product_role(shape: tuple[int, ...], transposed: bool) -> Role:
+def product_role(shape: tuple[int, ...], transposed: bool, *_: Any) -> Role:
     """In x @ W the matrix W is [in, out]."""
     return linear_role(shape, not transposed)
 

@@ -33,6 +33,7 @@ def parametrize(plan: Plan) -> Callable[[fx.GraphModule], PassResult]:
                     made[name] = gm.graph.call_function(torch.ops.fxrpg.generate.default, (*tensors, view.text))
                 made[name].meta = {**node.meta, "fxrpg_name": name}
             node.replace_all_uses_with(made[name])
+        for node in reads:
             gm.graph.erase_node(node)
         if reads:
             gm.graph.lint()

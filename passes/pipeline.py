@@ -6,8 +6,8 @@ import torch.fx as fx
 from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
-from fxrpg.handle import Trace
-from fxrpg.passes.lower import lower, rule_for, transposes_matrix
+from fxrpg.handle import Trace, handle_of
+from fxrpg.passes.lower import REASONS, lower, rule_for, transposes_matrix
 from fxrpg.passes.normalise import normalise
 from fxrpg.passes.parametrize import parametrize
 from fxrpg.passes.strip import strip
@@ -30,7 +30,7 @@ def graph_roles(gm: fx.GraphModule) -> dict[str, Role]:
             for call in weight.users:
                 rule = rule_for(call)
                 if rule and rule.role and call.args[rule.position : rule.position + 1] == (weight,):
-                    roles.setdefault(read.target, rule.role(tuple(parameter.shape), transposed))
+                    roles.setdefault(read.target, rule.role(tuple(parameter.shape), transposed, *call.args))
     return roles
 
 
@@ -42,3 +42,6 @@ def _parameter(gm: fx.GraphModule, name: str) -> nn.Parameter | None:
 def rewrite(gm: fx.GraphModule, plan: Plan, trace: Trace) -> None:
     """Rewrite the graph of `gm`, which holds the state already, in place."""
     PassManager(passes=[normalise(plan), parametrize(plan), lower, strip(plan, trace)])(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=handle_of):
+        reasons = node.meta[REASONS]
+        trace.note(node.args[3], "materialized", ", ".join(reasons), "; ".join(dict.fromkeys(reasons.values())))

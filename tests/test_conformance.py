@@ -13,7 +13,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from fxrpg.generator import Generator, View
 from fxrpg.lowering import DENSE_OPS, accumulate_gradient, generate_weight, plain_weight
 
-
 ALL = [pytest.param(g, case, id=f"{g!r}-{case}") for g, case in pairs()]
 SOME = [pytest.param(GENERATORS["ring"][0], case, id=str(case)) for case in LAYERS]
 # By definition, what torch returns for these options of an embedding is not the derivative.
