@@ -12,10 +12,10 @@ from torch import nn
 
 from fxrpg.assemble import owners_of, plan_of, trace_of
 from fxrpg.handle import handle_of
-from fxrpg.lowering import DENSE_OPS
 from fxrpg.owner import link_of, plain_class, stock_layer
 from fxrpg.passes.lower import OP, REASONS
 from fxrpg.plan import Plan
+from fxrpg.staging import DENSE_OPS
 
 
 @dataclass(frozen=True, kw_only=True)

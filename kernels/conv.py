@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxrpg.lowering import DenseOp, Generated, compiles, define_staged_op, lowers
+from fxrpg.lowering import Generated, compiles, lowers
 from fxrpg.roles import Role, conv_role
+from fxrpg.staging import DenseOp, define_staged_op
 
 aten = torch.ops.aten
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxrpg.lowering import DenseOp, Generated, NotLowered, compiles, define_staged_op, lowers
+from fxrpg.lowering import Generated, NotLowered, compiles, lowers
 from fxrpg.roles import embedding_role
+from fxrpg.staging import DenseOp, define_staged_op
 
 aten = torch.ops.aten
 

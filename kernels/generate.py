@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxrpg.generator import View
-from fxrpg.lowering import LIBRARY, accumulate_gradient, autograd_kernel, generate_weight, plain_weight
+from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight
+from fxrpg.staging import LIBRARY, autograd_kernel
 
 LIBRARY.define("generate(Tensor state, Tensor scale, str view) -> Tensor")
 LIBRARY.define("accumulate(Tensor grad, Tensor state, Tensor scale, str view) -> Tensor")

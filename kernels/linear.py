@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxrpg.lowering import DenseOp, Generated, NotLowered, compiles, define_staged_op, dims_of, lowers
+from fxrpg.lowering import Generated, NotLowered, compiles, dims_of, lowers
 from fxrpg.roles import Role, linear_role
+from fxrpg.staging import DenseOp, define_staged_op
 
 aten = torch.ops.aten
 

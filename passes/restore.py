@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from fxrpg.generator import View
 from fxrpg.handle import handle_of
-from fxrpg.lowering import DENSE_OPS
+from fxrpg.staging import DENSE_OPS
 
 
 def restore(weights: Mapping[int, str]) -> Callable[[fx.GraphModule], PassResult]:

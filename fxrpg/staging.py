@@ -1,0 +1,193 @@
+"""Staged ops: generate one layer's weight, run the ordinary op, drop it; in backward generate it again.
+
+A layer's file describes its op on an ordinary weight (DenseOp) and gets `torch.ops.fxrpg.<name>` and `<name>_backward` with
+their fake, autograd and autocast registrations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxrpg.generator import View
+from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight
+
+LIBRARY = torch.library.Library("fxrpg", "DEF")
+
+
+def _no_gradient(*args: Any) -> Any:
+    raise AssertionError("asked for a gradient that the op does not have")  # an index, or the bias of an embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseOp:
+    """An op on an ordinary weight, with its gradients taken apart: what a staged op runs around a generated weight.
+
+    Args:
+        name: of the op in `torch.ops.fxrpg`.
+        inputs: names of its differentiable inputs.
+        config: schema of its further arguments, "" or "int a, bool b".
+        forward: (*inputs, weight, bias, *config) -> output.
+        weight_grad: (grad, inputs, shape, *config) -> gradient of the weight.
+        input_grads: (grad, inputs, weight, needed, *config) -> one gradient or None for each input.
+        bias_grad: (grad, *config) -> gradient of the bias.
+        autocast: "lower" casts inputs to autocast's type as torch does for this op, "state" to the state's type.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    config: str
+    forward: Callable[..., Tensor]
+    weight_grad: Callable[..., Tensor]
+    input_grads: Callable[..., list[Tensor | None]] = _no_gradient
+    bias_grad: Callable[..., Tensor] = _no_gradient
+    autocast: str = "lower"
+
+
+DENSE_OPS: dict[Any, DenseOp] = {}
+"""Every staged op, and the op on an ordinary weight that it stands for."""
+
+
+def define_staged_op(dense: DenseOp) -> None:
+    """Define `torch.ops.fxrpg.<name>` and `torch.ops.fxrpg.<name>_backward` for an op on an ordinary weight."""
+    name, back = dense.name, f"{dense.name}_backward"
+    inputs = ", ".join(f"Tensor {x}" for x in dense.inputs)
+    config = f", {dense.config}" if dense.config else ""
+    weight = "Tensor state, Tensor scale, str view"
+    returns = ", ".join(["Tensor"] * (len(dense.inputs) + 2))
+    LIBRARY.define(f"{name}({inputs}, Tensor? bias, {weight}{config}) -> Tensor")
+    LIBRARY.define(f"{back}(Tensor grad, {inputs}, {weight}{config}, bool[] needed) -> ({returns})")
+    staged = _Staged(dense)
+    DENSE_OPS[staged.op] = dense
+    LIBRARY.impl(name, staged.forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(back, staged.backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxrpg::{name}", staged.forward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"fxrpg::{back}", staged.backward_fake, lib=LIBRARY)
+    LIBRARY.impl(name, autograd_kernel(staged.op, staged.save, staged.differentiate, staged.plain), "Autograd")
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(name, staged.autocast, key)
+
+
+class _Staged:
+    """The implementations of one staged op. Arguments are (*inputs, bias, state, scale, view, *config)."""
+
+    def __init__(self, dense: DenseOp) -> None:
+        self.dense, self.n = dense, len(dense.inputs)
+        self.op = getattr(torch.ops.fxrpg, dense.name).default
+        self.op_backward = getattr(torch.ops.fxrpg, f"{dense.name}_backward").default
+
+    def forward(self, *args: Any) -> Tensor:
+        return self._run(args, generate_weight)
+
+    def forward_fake(self, *args: Any) -> Tensor:
+        return self._run(args, _empty_weight)
+
+    def plain(self, *args: Any) -> Tensor:
+        return self._run(args, plain_weight)
+
+    def _run(self, args: Any, produce: Callable[..., Tensor]) -> Tensor:
+        xs, (bias, state, scale, text), config = args[: self.n], args[self.n : self.n + 4], args[self.n + 4 :]
+        return self.dense.forward(*xs, produce(state, scale, text, _compute_dtype(xs, state)), bias, *config)
+
+    def backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return self._run_backward(grad, args, generate_weight, accumulate_gradient)
+
+    def backward_fake(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return self._run_backward(grad, args, _empty_weight, _empty_state)
+
+    def _run_backward(
+        self, grad: Tensor, args: Any, produce: Callable[..., Tensor], accumulate: Callable[..., Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Gradients of (*inputs, bias, state), an empty tensor for each that is not needed. The weight goes before its own."""
+        n, dense, needed = self.n, self.dense, args[-1]
+        xs, (state, scale, text), config = args[:n], args[n : n + 3], args[n + 3 : -1]
+        grads: list[Tensor | None] = [None] * (n + 2)
+        if any(needed[:n]):
+            weight = produce(state, scale, text, _compute_dtype(xs, state))
+            grads[:n] = dense.input_grads(grad, xs, weight, needed[:n], *config)
+            del weight
+        if needed[n]:
+            grads[n] = dense.bias_grad(grad, *config)
+        if needed[n + 1]:
+            weight_grad = dense.weight_grad(grad, xs, View.parse(text).shape, *config)
+            grads[n + 1] = accumulate(weight_grad, state, scale, text)
+        return tuple(grad.new_empty(0) if g is None else g for g in grads)
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[: self.n + 3])  # inputs, bias, state, scale: never a weight
+        ctx.text, ctx.config = inputs[self.n + 3], inputs[self.n + 4 :]
+
+    def differentiate(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        *xs, bias, state, scale = ctx.saved_tensors
+        needed = [bool(need) for need in ctx.needs_input_grad[: self.n + 2]]
+        if torch.is_grad_enabled():  # create_graph=True: a gradient that can itself be differentiated
+            grads = self._differentiable(grad, (*xs, bias, state, scale, ctx.text, *ctx.config), needed)
+        else:
+            out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)
+            grads = [g if need else None for g, need in zip(out, needed, strict=True)]
+        return (*grads, None, None, *[None] * len(ctx.config))
+
+    def _differentiable(self, grad: Tensor, args: Any, needed: list[bool]) -> list[Tensor | None]:
+        """Gradients through plain torch ops on the generated weight: slower, and differentiable again."""
+
+        def produce(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype) -> Tensor:
+            return torch.ops.fxrpg.generate.default(state, scale, text).to(dtype)
+
+        wanted = [t for t, need in zip(args, needed, strict=False) if need]
+        out = self._run(args, produce)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
+        return [next(found) if need else None for need in needed]
+
+    def autocast(self, *args: Any) -> Tensor:
+        device, state = args[0].device.type, args[self.n + 1]
+        target = torch.get_autocast_dtype(device) if self.dense.autocast == "lower" else state.dtype
+        cast = [_autocast_to(x, target) for x in args[: self.n + 1]]
+        with torch.autocast(device, enabled=False):
+            return self.op(*cast, *args[self.n + 1 :])
+
+
+def autograd_kernel(
+    op: Any, save: Callable[..., None], differentiate: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The Autograd kernel of `op`: as `torch.library.register_autograd` makes it, but open to torch.func's transforms.
+
+    Args:
+        save: (ctx, inputs, output), keeps what backward needs.
+        differentiate: (ctx, grad) -> one gradient or None for each input.
+        plain: the op written in plain torch, for torch.func (which cannot enter an autograd.Function from here).
+    """
+
+    def forward(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    members = {"forward": forward, "setup_context": save, "backward": differentiate}
+    name = f"{op.name().replace('::', '_')}_function"
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
+
+    def kernel(*args: Any) -> Any:
+        return plain(*args) if torch._C._are_functorch_transforms_active() else function.apply(*args)
+
+    return kernel
+
+
+def _compute_dtype(xs: tuple[Tensor, ...], state: Tensor) -> torch.dtype:
+    """The first input's type where it is a floating one (an embedding's indices are not)."""
+    return xs[0].dtype if xs[0].is_floating_point() else state.dtype
+
+
+def _autocast_to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Autocast's own rule: floating tensors except float64 are cast."""
+    return x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _empty_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype) -> Tensor:
+    return state.new_empty(View.parse(text).shape, dtype=dtype)
+
+
+def _empty_state(grad: Tensor, state: Tensor, scale: Tensor, text: str) -> Tensor:
+    return torch.empty_like(state)
