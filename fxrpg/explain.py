@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-import torch.fx as fx
 from tabulate import tabulate
 from torch import nn
 
-from fxrpg.assemble import owners_of, plan_of, trace_of
-from fxrpg.handle import handle_of
+from fxrpg.assemble import plan_of, trace_of
+from fxrpg.handle import Use
 from fxrpg.owner import link_of, plain_class, stock_layer
-from fxrpg.passes.lower import OP, REASONS
-from fxrpg.plan import Plan
-from fxrpg.staging import DENSE_OPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +22,9 @@ class Row:
         name: its name; of a tied one, that under which it is planned.
         shape: its shape.
         status: "generated" or "dense".
-        way: "handle" (the module reads a property) or "graph" (the graph was rewritten); "" if dense.
-        path: "staged", "materialized", "unknown" (nothing has consumed it yet), or "" if dense.
-        op: the op that consumes it, if known.
+        way: "handle" (the module reads a property) or "graph" (the graph was rewritten); "" if dense or unknown.
+        path: "staged", "materialized" (by at least one op), "unknown" (nothing has consumed it yet), or "" if dense.
+        op: the ops that consume it, if known.
         reason: why it is dense or materialized.
     """
 
@@ -43,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All rows of a model, in the model's order; prints as a table under its headline."""
+    """All rows of a model, generated weights first; prints as a table under its headline."""
 
     rows: tuple[Row, ...]
 
@@ -74,54 +70,37 @@ def explain(model: nn.Module) -> Explanation:
         FxrpgError: `model` is not transformed.
     """
     plan = plan_of(model)
-    rows = {row.name: row for row in (*_handle_rows(model, plan), *_graph_rows(model, plan))}
+    uses = {name: {op: use} for name, op, use in _predicted(model)} | trace_of(model).seen
+    generated = [_row(name, view.shape, uses.get(name, {})) for name, view in plan.views.items()]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     dense = [
         Row(name=name, shape=shapes[name], status="dense", reason=reason)
         for name, reason in plan.dense.items()
         if name in shapes
     ]
-    return Explanation((*(rows[name] for name in plan.views), *dense))
+    return Explanation((*generated, *dense))
 
 
-def _handle_rows(model: nn.Module, plan: Plan) -> Iterator[Row]:
-    seen = trace_of(model).seen
-    for name, owner, _attribute in owners_of(model, plan) if not isinstance(model, fx.GraphModule) else _called(model):
-        stock = stock_layer(plain_class(owner))
-        predicted = ("staged", stock.__name__, "") if stock else ("unknown", "", "nothing has consumed it yet")
-        path, op, reason = seen.get(name, predicted)
-        shape = plan.views[name].shape
-        yield Row(name=name, shape=shape, status="generated", way="handle", path=path, op=op, reason=reason)
-
-
-def _called(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module, str]]:
-    """The owners that the graph calls as modules."""
-    for node in gm.graph.find_nodes(op="call_module"):
-        for module in gm.get_submodule(node.target).modules():
-            if link := link_of(module):
-                for attribute, (name, *_view) in link.weights.items():
-                    yield name, module, attribute
-
-
-def _graph_rows(model: nn.Module, plan: Plan) -> Iterator[Row]:
-    if not isinstance(model, fx.GraphModule):
-        return
-    names = {view.text: name for name, view in plan.views.items()}
-    found = {name: Row(name=name, shape=v.shape, status="generated", way="graph", path="unknown",
-                       reason="the graph does not read it") for name, v in plan.views.items()}  # fmt: skip
-    for node in model.graph.nodes:
-        if node.target in DENSE_OPS:
-            name = names[node.args[len(DENSE_OPS[node.target].inputs) + 3]]
-            path, op, reason = "staged", node.meta.get(OP, DENSE_OPS[node.target].name), ""
-        elif node.target is handle_of:
-            name, path = node.args[3], "materialized"
-            reasons = node.meta.get(REASONS, {})
-            op, reason = ", ".join(reasons), "; ".join(dict.fromkeys(reasons.values()))
-        else:
-            continue
-        found[name] = Row(
-            name=name, shape=plan.views[name].shape, status="generated", way="graph", path=path, op=op, reason=reason
-        )
-    yield from (
-        row for name, row in found.items() if row.path != "unknown" or name not in {n for n, _, _ in _called(model)}
+def _row(name: str, shape: tuple[int, ...], uses: dict[str, Use]) -> Row:
+    """One row from all uses of a weight: a single op that materializes it counts."""
+    paths = {use.path for use in uses.values()}
+    path = next((path for path in ("materialized", "staged", "fused") if path in paths), "unknown")
+    reasons = dict.fromkeys(use.reason for use in uses.values() if use.reason)
+    return Row(
+        name=name,
+        shape=shape,
+        status="generated",
+        way=", ".join(dict.fromkeys(use.way for use in uses.values())),
+        path=path,
+        op=", ".join(uses),
+        reason="; ".join(reasons) if uses else "nothing has consumed it yet",
     )
+
+
+def _predicted(model: nn.Module) -> Iterator[tuple[str, str, Use]]:
+    """(name, layer, use) for weights of stock layers, which are sure to be lowered whenever they run."""
+    for module in model.modules():
+        stock = stock_layer(plain_class(module))
+        if stock and (link := link_of(module)):
+            for name, *_view in link.weights.values():
+                yield name, stock.__name__, Use("handle", "staged", "")

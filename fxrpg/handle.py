@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,16 +20,24 @@ from fxrpg.lowering import LOWERINGS, Generated, NotLowered, current_mode, gener
 Step = Callable[[Tensor], Any]
 
 
+class Use(NamedTuple):
+    """How an op last consumed a generated weight."""
+
+    way: str
+    path: str
+    reason: str
+
+
 class Trace:
-    """What became of a model's generated weights when they were last consumed: name -> (path, op, reason)."""
+    """What becomes of a model's generated weights: name -> consuming op -> its last use."""
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
-        self.seen: dict[str, tuple[str, str, str]] = {}
+        self.seen: dict[str, dict[str, Use]] = {}
 
-    def note(self, name: str, path: str, op: str, reason: str = "") -> None:
+    def note(self, name: str, path: str, op: str, reason: str = "", way: str = "handle") -> None:
         """Record one consumption. In strict mode a weight that was not lowered raises."""
-        self.seen[name] = path, op, reason
+        self.seen.setdefault(name, {})[op] = Use(way, path, reason)
         if self.strict and path == "materialized":
             raise FxrpgError(
                 name,

@@ -7,12 +7,13 @@ from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from fxrpg.handle import Trace, handle_of
-from fxrpg.passes.lower import REASONS, lower, rule_for, transposes_matrix
+from fxrpg.passes.lower import OP, REASONS, lower, rule_for, transposes_matrix
 from fxrpg.passes.normalise import normalise
 from fxrpg.passes.parametrize import parametrize
 from fxrpg.passes.strip import strip
 from fxrpg.plan import Plan
 from fxrpg.roles import Role
+from fxrpg.staging import DENSE_OPS
 
 
 def graph_roles(gm: fx.GraphModule) -> dict[str, Role]:
@@ -42,6 +43,11 @@ def _parameter(gm: fx.GraphModule, name: str) -> nn.Parameter | None:
 def rewrite(gm: fx.GraphModule, plan: Plan, trace: Trace) -> None:
     """Rewrite the graph of `gm`, which holds the state already, in place."""
     PassManager(passes=[normalise(plan), parametrize(plan), lower, strip(plan, trace)])(gm)
-    for node in gm.graph.find_nodes(op="call_function", target=handle_of):
-        reasons = node.meta[REASONS]
-        trace.note(node.args[3], "materialized", ", ".join(reasons), "; ".join(dict.fromkeys(reasons.values())))
+    names = {view.text: name for name, view in plan.views.items()}
+    for node in gm.graph.nodes:
+        if node.target in DENSE_OPS:
+            view = node.args[len(DENSE_OPS[node.target].inputs) + 3]
+            trace.note(names[view], "staged", node.meta[OP], way="graph")
+        elif node.target is handle_of:
+            for op, reason in node.meta[REASONS].items():
+                trace.note(node.args[3], "materialized", op, reason, way="graph")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
 import zipfile
@@ -86,10 +87,11 @@ def run(*command: str, cwd: Path) -> None:
 
 
 CHECK = """
-import importlib, json, sys, site
+import importlib, json, site, sys
 site.addsitedir(sys.argv[1])
+sys.path += json.loads(sys.argv[2])
 import fxrpg, torch
-for name in json.loads(sys.argv[2]): importlib.import_module(name)
+for name in json.loads(sys.argv[3]): importlib.import_module(name)
 model = fxrpg.transform(torch.nn.Linear(3, 5), dof=4, plan=[fxrpg.Rule("*", "generate")])
 model(torch.randn(2, 3))
 print(fxrpg.__file__)
@@ -97,12 +99,11 @@ print(fxrpg.__file__)
 
 
 def installed_from(folder: Path) -> str:
-    # -I: neither the checkout nor the environment's own install comes first
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", CHECK.replace("site.addsitedir", "sys.path.insert(0, sys.argv[1]); site.addsitedir"),
-         str(folder), json.dumps(MODULES)],
-        capture_output=True, text=True, check=False, cwd=folder,
-    )  # fmt: skip
+    """Where fxrpg comes from with `folder` as a site directory. The environment's own packages are on the path, but its
+    .pth files, by which the project itself may be installed there, are not read (-S)."""
+    arguments = [str(folder), json.dumps(site.getsitepackages()), json.dumps(MODULES)]
+    command = [sys.executable, "-I", "-S", "-c", CHECK, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -128,5 +129,5 @@ def test_editable_install(checkout, tmp_path):
         "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed",
         "--prefix", str(target), "--editable", str(checkout), cwd=tmp_path,
     )  # fmt: skip
-    (site,) = target.glob("lib/python*/site-packages")
-    assert installed_from(site).startswith(str(checkout))
+    (folder,) = target.glob("lib/python*/site-packages")
+    assert installed_from(folder).startswith(str(checkout))
