@@ -78,7 +78,8 @@ class Handle(Tensor):
         )
         handle.generated, handle.weight_name, handle.weight_trace = generated, name, trace
         handle.chain, handle.aliasing = chain, aliasing
-        handle.differentiable = like.requires_grad if chain else state.requires_grad and torch.is_grad_enabled()
+        # like a view of a parameter, a step taken without gradients leads none back
+        handle.differentiable = like.requires_grad and torch.is_grad_enabled() if chain else state.requires_grad
         return handle
 
     def rearranged(self, step: Step) -> Any:
@@ -105,7 +106,7 @@ class Handle(Tensor):
             return self.generated
         state = self.generated.state
         size, stride, dtype = self._geometry()
-        detached = state.requires_grad and torch.is_grad_enabled() and not self.differentiable
+        detached = state.requires_grad and not self.differentiable
         whole = torch.empty(self.generated.shape, device="meta")
         if self.aliasing and not detached and dtype == state.dtype:
             if (size, stride) == (whole.size(), whole.stride()):
@@ -116,7 +117,8 @@ class Handle(Tensor):
 
     def produce(self) -> Tensor:
         """The weight itself, on autograd's record, with the chain replayed."""
-        return _replay(torch.ops.fxrpg.generate.default(*self.generated[:3]), self.chain)
+        weight = _replay(torch.ops.fxrpg.generate.default(*self.generated[:3]), self.chain)
+        return weight if self.differentiable else weight.detach()  # the chain may have been made without gradients
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         size, _stride, dtype = self._geometry()

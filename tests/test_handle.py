@@ -98,6 +98,21 @@ CONSUMERS = {
 }
 
 
+def _transposed_without_gradients(x, w):
+    with torch.no_grad():
+        turned = w.t()
+    return x @ turned + w.sum()
+
+
+def _read_without_gradients(x, w):
+    with torch.no_grad():
+        _ = w.shape, w.t()
+    return F.linear(x, w)
+
+
+CONSUMERS |= {"no-grad-transpose": _transposed_without_gradients, "no-grad-read": _read_without_gradients}
+
+
 def _assign(target, value):
     target[:] = value
     return target
