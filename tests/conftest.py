@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import settings
+from threads import threads
 
 settings.register_profile("fxrpg", deadline=None, derandomize=True)
 settings.load_profile("fxrpg")
@@ -13,10 +14,8 @@ settings.load_profile("fxrpg")
 @pytest.fixture(autouse=True)
 def one_thread():
     """On a busy machine several threads wait for one another at every small operation. Tests of threads set their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -34,8 +34,8 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-def compiled_graphs(model, x):
-    """The forward graphs that AOTAutograd makes of the model, split for backward as Inductor would split them."""
+def compiled_graphs(model, *inputs):
+    """(output, gradients) of the compiled model, and the forward graphs, split for backward as Inductor would split them."""
     graphs = []
 
     def capture(gm, _inputs):
@@ -45,7 +45,7 @@ def compiled_graphs(model, x):
     backend = aot_autograd(fw_compiler=capture, bw_compiler=lambda gm, _: make_boxed_func(gm.forward),
                            partition_fn=min_cut_rematerialization_partition)  # fmt: skip
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    return compiled, gradients(model, compiled, x), graphs
+    return gradients(model, lambda args: compiled(*args), inputs), graphs
 
 
 def saved_sizes(graph):
@@ -67,7 +67,7 @@ def test_resnet18_with_inductor():
 
 def test_resnet18_keeps_no_weight():
     small = fxrpg.transform(resnet18(10), dof=100_000)
-    _, _, (graph,) = compiled_graphs(small, torch.randn(2, 3, 32, 32))
+    _, (graph,) = compiled_graphs(small, torch.randn(2, 3, 32, 32))
     targets = [str(node.target) for node in graph.graph.nodes]
     assert sum("fxrpg.conv.default" in target for target in targets) == 19
     assert not any("generate" in target for target in targets)
@@ -96,16 +96,7 @@ def test_leftovers_are_generated_again_in_backward():
     small = fxrpg.transform(Leftovers(), dof=200, plan=[fxrpg.Rule("*", "generate")])
     x = (torch.randn(2, 5, 8), torch.randint(50, (2, 5)))
     out, grads = gradients(small, lambda args: small(*args), x)
-    graphs = []
-
-    def capture(gm, _inputs):
-        graphs.append(gm)
-        return make_boxed_func(gm.forward)
-
-    backend = aot_autograd(fw_compiler=capture, bw_compiler=lambda gm, _: make_boxed_func(gm.forward),
-                           partition_fn=min_cut_rematerialization_partition)  # fmt: skip
-    compiled = torch.compile(small, fullgraph=True, backend=backend)
-    compiled_out, compiled_grads = gradients(small, lambda args: compiled(*args), x)
+    (compiled_out, compiled_grads), graphs = compiled_graphs(small, *x)
     torch.testing.assert_close(compiled_out, out)
     torch.testing.assert_close(compiled_grads, grads)
     targets = [str(node.target) for node in graphs[0].graph.nodes]
@@ -119,7 +110,7 @@ def test_a_rewritten_graph_compiles():
     small = fxrpg.transform(torch.fx.symbolic_trace(net), dof=50, plan=[fxrpg.Rule("*", "generate")])
     x = torch.randn(2, 3, 8, 8)
     out, grads = gradients(small, small, x)
-    _, (compiled_out, compiled_grads), _ = compiled_graphs(small, x)
+    (compiled_out, compiled_grads), _ = compiled_graphs(small, x)
     torch.testing.assert_close(compiled_out, out)
     torch.testing.assert_close(compiled_grads, grads)
 

@@ -1,10 +1,10 @@
-"""Numbers that the ring (arXiv:2107.07110) must reproduce without training: T1 to T6 of the table of facts."""
+"""Numbers that the ring (arXiv:2107.07110) must reproduce without training."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,15 +17,6 @@ from fxrpg.assemble import plan_of
 
 CPU = torch.device("cpu")
 STEM = 9_408
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads on busy cores wait for one another at every operation."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def resnet50() -> nn.Module:

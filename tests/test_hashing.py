@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import threads
 from torch import Tensor
 
 from fxrpg import hashing
@@ -31,23 +31,6 @@ from fxrpg.hashing import (
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=100)
 SEEDS = st.integers(0, (1 << 64) - 1)
 LABELS = st.lists(st.integers(0, (1 << 32) - 1), max_size=4)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads on busy cores wait for one another at every small operation."""
-    with threads(1):
-        yield
 
 
 def fixed(seed: int) -> torch.Generator:

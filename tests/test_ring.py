@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import threads
 from torch import Tensor, nn
 
 import fxrpg
@@ -24,23 +25,6 @@ from fxrpg.plan import candidates, choose, lay_out
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=150)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ALL_TENSORS = 0xFFFFFFFF
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads on busy cores wait for one another at every small operation."""
-    with threads(1):
-        yield
 
 
 @contextlib.contextmanager
