@@ -1,4 +1,5 @@
 # Two commands on a fresh machine with Python >= 3.11: `make demo` and `make test`. Each makes .venv by itself.
+# editable_mode=compat puts this folder on the path, so that a folder of the same name above it cannot hide the package.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -20,7 +21,7 @@ check: lint test
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
 	touch $@
 
 clean:

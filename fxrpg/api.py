@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from fxrpg.assemble import assemble, check_untransformed, copy_without, disassemble, plan_of
+from fxrpg.assemble import assemble, check_untransformed, copy_module, copy_without, disassemble, plan_of
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator, generator_from, rounded
 from fxrpg.hashing import SEED_LIMIT
@@ -34,11 +33,13 @@ def transform(
 
     A `torch.fx.GraphModule` is rewritten as a graph and comes back as one; any other module keeps its own forward code.
     The free numbers are a parameter of the result (`fxrpg_ring`); weights keep, layer by layer, the standard deviation
-    that they have in `model`.
+    that they have in `model`, or take their layer's default where they have none (constants, zeros, the meta device).
+    Initialise, load or tie weights before: generated ones are read-only.
 
     Args:
         model: any module; on the meta device too.
-        dof: degrees of freedom. An int is exact; a float in (0, 1] is a fraction of the generated weights.
+        dof: degrees of freedom. An int is exact (so is a whole float above 1); a float in (0, 1] is a fraction of the
+            generated weights, rounded to whole blocks: 1 is a single number, 1.0 as many as there are weights.
         method: "ring", or settings such as `fxrpg.Ring(block=1, layout="shuffle")`.
         seed: 0 <= seed < 2^64. The same seed gives the same bits on every machine.
         plan: rules that decide before the method's default does; the first that matches a parameter counts.
@@ -49,7 +50,12 @@ def transform(
             transformed.
     """
     if not isinstance(model, nn.Module):
-        raise FxrpgError("transform", "model must be a torch.nn.Module", type(model).__name__, "Pass a module.")
+        fix = "Pass a module; of an exported program, what its method module() returns."
+        raise FxrpgError("transform", "model must be a torch.nn.Module", type(model).__name__, fix)
+    if hasattr(model, "_orig_mod"):
+        raise FxrpgError(
+            "transform", "model must not be compiled yet", type(model).__name__, "Transform first, then compile."
+        )
     check_untransformed(model)
     _check_modules(model)
     generator, rules = generator_from(method), _checked_rules(plan)
@@ -73,9 +79,13 @@ def transform(
 
 
 def materialize(model: nn.Module) -> nn.Module:
-    """An ordinary module with full weights under their original names, computing what `model` computes."""
+    """An ordinary copy of a transformed `model`: full weights under their original names, computing what `model` computes.
+
+    Raises:
+        FxrpgError: `model` is not transformed.
+    """
     plan_of(model)
-    result = copy.deepcopy(model)
+    result = copy_module(model)
     disassemble(result)
     return result
 
@@ -91,10 +101,10 @@ def _initial(plan: Plan, chosen: Sequence[tuple[Candidate, Role]]) -> tuple[Tens
     deviations = {candidate.name: _deviation(candidate.parameter, role) for candidate, role in chosen}
     energy = sum(view.count * deviations[name] ** 2 for name, view in plan.views.items())
     mean = rounded(math.sqrt(energy / plan.generated))
-    scale = torch.empty(len(plan.views), dtype=torch.float64)
+    scale = torch.empty(len(plan.views), dtype=torch.float64, device="cpu")
     for name, view in plan.views.items():
         scale[view.tensor] = rounded(deviations[name] / mean)
-    scale = scale.to(torch.float32).to(parameter.device)
+    scale = scale.to(torch.float32)
     if parameter.is_meta:
         return torch.empty(plan.size, dtype=parameter.dtype, device="meta"), scale
     state = plan.generator.init_state(plan.size, plan.seed, mean)

@@ -11,22 +11,24 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from fxrpg.errors import FxrpgError
-from fxrpg.handle import Trace
-from fxrpg.lowering import generate_weight
-from fxrpg.owner import DIGEST, PLAN, SCALE, TRACE, disown, link_of, own, unwatch_loading, watch_loading
+from fxrpg.functions import METADATA, REQUIRES_GRAD
+from fxrpg.lowering import encode_scales, generate_weight
+from fxrpg.owner import DIGEST, PLAN, SCALE, TRACE, disown, encode_digest, link_of, own, unwatch_loading, watch_loading
 from fxrpg.passes.graph_module import adopt, release
 from fxrpg.passes.pipeline import rewrite
 from fxrpg.passes.restore import put_parameter, restore
 from fxrpg.plan import Plan
+from fxrpg.trace import Trace
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan of a transformed model. Raises FxrpgError for any other."""
-    plan = model.__dict__.get(PLAN)
+    plan = getattr(model, "__dict__", {}).get(PLAN)
     if plan is None:
-        raise FxrpgError(
-            type(model).__name__, "must be a transformed model", "an ordinary one", "Call fxrpg.transform first."
-        )
+        compiled = hasattr(model, "_orig_mod")
+        found = "a compiled one" if compiled else "an ordinary one" if isinstance(model, nn.Module) else "no module"
+        fix = "Pass the model that was given to torch.compile." if compiled else "Call fxrpg.transform first."
+        raise FxrpgError(type(model).__name__, "must be a transformed model", found, fix)
     return plan
 
 
@@ -47,12 +49,43 @@ def check_untransformed(model: nn.Module) -> None:
             )
 
 
+class StandIn(nn.Parameter):
+    """What takes a planned parameter's place in a copy until its owners generate it: shape and type, no values.
+
+    A reference that nobody rewrites (a parameter kept in a plain list, say) would compute with uninitialised memory: any op
+    on a stand-in raises.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in METADATA or func is Tensor.__deepcopy__ or func in REQUIRES_GRAD or func is Tensor.requires_grad_:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise FxrpgError(
+            f"a parameter of shape {tuple(args[0].shape) if args and isinstance(args[0], StandIn) else '?'}",
+            "a generated weight must be read from the module that owns it, when it is used",
+            "a reference kept elsewhere (a list, a closure, another object)",
+            'Read it from its owner, or leave it dense with a Rule(name, "dense").',
+        )
+
+
 def copy_without(model: nn.Module, parameters: list[nn.Parameter]) -> nn.Module:
-    """A deep copy of `model` in which `parameters`, soon to be generated, are empty stand-ins on the meta device."""
-    stand_ins: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in parameters
-    }
-    return copy.deepcopy(model, stand_ins)
+    """A deep copy of `model` in which `parameters`, soon to be generated, are stand-ins without values."""
+    stand_ins: dict[int, Any] = {}
+    for p in parameters:
+        empty = torch.empty_like(p, device="meta")
+        stand_ins[id(p)] = torch.Tensor._make_subclass(StandIn, empty, p.requires_grad)
+    return copy_module(model, stand_ins)
+
+
+def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of a module that keeps computed tensors as attributes (an old-style weight_norm's weight)."""
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def owners_of(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
@@ -64,15 +97,14 @@ def owners_of(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, st
 
 
 def assemble(root: nn.Module, plan: Plan, state: Tensor, scale: Tensor, strict: bool) -> None:
-    """Make `root`, whose planned parameters are still in place, generate them from `state` and `scale` (float32).
+    """Make `root`, whose planned parameters are still in place, generate them from `state` and `scale` (float32, on the CPU).
 
-    The state becomes a parameter of the root, scales (as bit patterns, which no cast of the model rounds) and the plan's
-    digest persistent buffers.
+    The state becomes a parameter of the root, scales and the plan's digest persistent buffers, both in small integers that
+    survive any cast of the model.
     """
     root.register_parameter(plan.generator.state_name, nn.Parameter(state))
-    root.register_buffer(SCALE, scale.to(torch.float32).view(torch.int32))
-    digest = torch.frombuffer(bytearray.fromhex(plan.digest()), dtype=torch.uint8)
-    root.register_buffer(DIGEST, digest.to(scale.device))
+    root.register_buffer(SCALE, encode_scales(scale).to(state.device))
+    root.register_buffer(DIGEST, encode_digest(plan.digest()).to(state.device))
     root.__dict__[PLAN], root.__dict__[TRACE] = plan, Trace(strict)
     watch_loading(root)
     if isinstance(root, fx.GraphModule):

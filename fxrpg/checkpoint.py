@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,8 @@ from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator
-from fxrpg.header import DTYPES, Contents, canonical, damaged, header_of, parse, tensors_digest
-from fxrpg.lowering import generate_weight
+from fxrpg.header import DTYPES, Contents, canonical, check_tensors, damaged, header_of, parse, tensors_digest
+from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import DIGEST, SCALE
 from fxrpg.plan import Plan
 
@@ -30,49 +31,60 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, withhold_seed: bool 
 
     Args:
         model: the result of `transform`.
-        path: where to.
+        path: where to. Of a symbolic link, the file that it points to is replaced.
         withhold_seed: leave the seed out; `load` then needs it. This is obfuscation, not encryption: the weights can be
             searched for by trying seeds.
 
     Raises:
-        FxrpgError: `model` is not transformed, or has state that is not a tensor.
+        FxrpgError: `model` is not transformed, has no values (meta device), or has state that is not a plain tensor; `path`
+            is a folder or a device.
         OSError: the file cannot be written.
     """
-    tensors, aliases = _stored_tensors(model)
-    header = header_of(model, tensors, aliases, withhold_seed)
+    held, aliases = _stored_tensors(model)
+    for name, tensor in held.items():
+        if tensor.is_meta:
+            fix = "Load a file or a state_dict into the model first."
+            raise FxrpgError(f"save, {name}", "must hold values", "a tensor on the meta device", fix)
+    tensors = {name: _plain(tensor) for name, tensor in held.items()}
+    header = header_of(model, held, aliases, withhold_seed=withhold_seed, digest=tensors_digest(tensors))
+    _check_readable(path, canonical(header), tensors)
     write_tensors(path, tensors, {"fxrpg": canonical(header)})
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
-    target = Path(path)
+    """Write a safetensors file atomically. Raises as `save` does."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise FxrpgError(str(path), "must be a file, or a new name", "a folder or a device", "Choose another path.")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         with open(temporary, "xb") as file:
             mode = os.stat(file.fileno()).st_mode  # what the user's umask leaves; safetensors would make it private
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        save_file(_separate(tensors), temporary, metadata)
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None  # the caller does not know the temporary name
+    except SafetensorError as e:
+        raise OSError(f"{path}: {e}") from None
+    finally:
+        with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
 
 
 def file_size(model: nn.Module) -> int:
     """Bytes of the file that `save` would write, without writing it."""
     tensors, aliases = _stored_tensors(model)
-    header = header_of(model, tensors, aliases, withhold_seed=False, hashed=False)
+    header = header_of(model, tensors, aliases, withhold_seed=False, digest="0" * 64)
     entries: dict[str, Any] = {"__metadata__": {"fxrpg": canonical(header)}}
-    begin = 0
-    # safetensors lays tensors out by falling alignment, then by name
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    begin, layout = 0, list(DTYPES)
+    for name, tensor in sorted(tensors.items(), key=lambda item: (layout.index(item[1].dtype), item[0])):
         end = begin + tensor.nbytes
         entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
-    text = len(json.dumps(entries, separators=(",", ":")))
+    text = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-text // 8) * 8 + begin
 
 
@@ -83,27 +95,29 @@ def read(path: str | os.PathLike[str]) -> Contents:
         FxrpgError: naming what is wrong.
         OSError: the file cannot be opened.
     """
-    with open(path, "rb"):
-        pass  # an unreadable path is an OSError, not a damaged file
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FxrpgError(str(path), "must be a file", "a folder or a device", "Pass a file that fxrpg.save wrote.")
+    os.close(os.open(path, os.O_RDONLY))  # an unreadable path is an OSError, not a damaged file
     try:
         with safe_open(path, framework="pt") as file:
             fields = parse(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            check_tensors(path, fields, {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()})
+            # copied before they are verified: safetensors maps the file, which another process may still change
+            tensors = {name: file.get_tensor(name).clone() for name in slices}
     except SafetensorError as e:
         raise damaged(path, "must be a whole safetensors file", str(e)) from None
     if tensors_digest(tensors) != fields["tensors"]:
         raise damaged(path, "the tensors must match their digest", "another one")
-    state = Generator.registry[fields["method"]].state_name
-    if state not in tensors or list(tensors[state].shape) != [fields["size"]]:
-        raise damaged(path, f"must hold {state!r} of length {fields['size']}", "none or another length")
-    return Contents(fields, {name: tensor.clone() for name, tensor in tensors.items()})
+    return Contents(fields, tensors)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, seed: int | None = None, strict: bool = False) -> nn.Module:
     """A copy of `model`, freshly built and untransformed, that generates its weights from the file at `path`.
 
     The table in the file decides what is generated, not a plan. Tensors keep the type they have in the file and go to the
-    device of the parameter they replace (the CPU for one on the meta device).
+    device of the parameter they replace (the CPU for one on the meta device). What was frozen when it was saved, or is
+    frozen in `model`, is frozen.
 
     Args:
         model: a module of the architecture that was saved; its weights are not read. Stays untouched.
@@ -113,32 +127,29 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, seed: int | None = N
 
     Raises:
         FxrpgError: the file is damaged, of another version, without its seed, or of another model.
+        OSError: the file cannot be opened.
     """
+    if not isinstance(model, nn.Module):
+        raise FxrpgError("load", "model must be a torch.nn.Module", type(model).__name__, "Pass model, then path.")
+    check_untransformed(model)
     contents = read(path)
     plan = contents.plan(path, seed)
-    check_untransformed(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, view in plan.views.items():
-        for alias in plan.names[name]:
-            if alias not in parameters:
-                raise _other_model(path, f"the model must have the parameter {alias!r}", "none")
-            if tuple(parameters[alias].shape) != view.shape:
-                raise _other_model(path, f"{alias!r} must have shape {view.shape}", str(tuple(parameters[alias].shape)))
-            if parameters[alias] is not parameters[name]:
-                raise _other_model(path, f"{alias!r} and {name!r} must be one tied parameter", "two")
+    parameters = _check_parameters(model, path, plan)
     planned = [parameters[name] for name in plan.views]
     device = planned[0].device if not planned[0].is_meta else torch.device("cpu")
     result = copy_without(model, planned)
     state = contents.tensors[plan.generator.state_name].to(device)
-    assemble(result, plan, state, contents.scale().to(device), strict)
+    # the file groups dense names by reason
+    plan = dataclasses.replace(plan, dense={name: plan.dense[name] for name in parameters if name in plan.dense})
+    assemble(result, plan, state, contents.scale(), strict)
+    result.get_parameter(plan.generator.state_name).requires_grad_(any(p.requires_grad for p in planned))
     _fill(result, contents, path, {plan.generator.state_name, SCALE, DIGEST})
     return result
 
 
 def verify(path: str | os.PathLike[str], seed: int | None = None) -> Plan:
     """Check a file in full, seed included where it is known, and return its plan. Raises FxrpgError as `read` does."""
-    contents = read(path)
-    return contents.plan(path, seed)
+    return read(path).plan(path, seed)
 
 
 def unpack(path: str | os.PathLike[str], seed: int | None = None) -> dict[str, Tensor]:
@@ -146,15 +157,23 @@ def unpack(path: str | os.PathLike[str], seed: int | None = None) -> dict[str, T
     contents = read(path)
     plan = contents.plan(path, seed)
     tensors = dict(contents.tensors)
-    state, scale = tensors.pop(plan.generator.state_name), contents.scale().view(torch.int32)
+    state, scale = tensors.pop(plan.generator.state_name), encode_scales(contents.scale())
     for name, view in plan.views.items():
-        weight = generate_weight(state, scale, view.text)
+        try:
+            weight = generate_weight(state, scale, view.text)
+        except RuntimeError as e:
+            if "allocate" not in str(e):  # torch's allocator has no error of its own
+                raise
+            fix = "Unpack it on a machine with more memory."
+            raise FxrpgError(f"{path}, {name}", f"{view.count} weights must fit into memory", str(e), fix) from None
         tensors |= dict.fromkeys(plan.names[name], weight)
     return tensors | {alias: tensors[name] for alias, name in contents.fields["aliases"].items()}
 
 
 def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a file holds by name (tied tensors once), and alias -> name for the rest. Scales and digest are in the header."""
+    if not isinstance(model, nn.Module):
+        raise FxrpgError("save", "model must be a torch.nn.Module", type(model).__name__, "Pass model, then path.")
     plan_of(model)
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -162,44 +181,120 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in (SCALE, DIGEST):
             continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
-            found = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-            fix = "Store it beside the file; fxrpg files hold tensors only."
-            raise FxrpgError(f"save, {name}", "must be a tensor of a type that safetensors knows", found, fix)
+        plain = isinstance(tensor, Tensor) and type(tensor.data) is Tensor and tensor.layout == torch.strided
+        if not plain or tensor.dtype not in DTYPES:
+            found = f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')} {getattr(tensor, 'layout', '')}".rstrip()
+            fix = "Cast, densify or gather it, or store it beside the file."
+            raise FxrpgError(f"save, {name}", "must be a plain tensor of a type that safetensors knows", found, fix)
         if id(tensor) in by_id:
             aliases[name] = by_id[id(tensor)]
         else:
-            kept[name] = tensor.detach()
+            kept[name] = tensor
             by_id[id(tensor)] = name
     return kept, aliases
 
 
+def _check_readable(path: Any, text: str, tensors: dict[str, Tensor]) -> None:
+    """No file may hold what `read` would refuse: scales never set, a state that was replaced."""
+    try:
+        check_tensors(path, parse(path, {"fxrpg": text}), {n: (DTYPES[t.dtype], t.shape) for n, t in tensors.items()})
+    except FxrpgError as e:
+        fix = "Undo what was put into the model by hand; after to_empty(), load a state_dict into it."
+        raise FxrpgError(f"save, {path}", e.args[1], e.args[2], fix) from None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, as its bytes lie in a file."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    whole = tensor.is_contiguous() and tensor.numel() > 1  # one element is contiguous whatever its stride
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as safetensors takes them: plain, none sharing memory with another."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = _plain(tensor)
+        result[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
+        seen.add(plain.untyped_storage().data_ptr())
+    return result
+
+
+def _check_parameters(model: nn.Module, path: Any, plan: Plan) -> dict[str, nn.Parameter]:
+    """All parameters of `model` by name, once it is clear that the planned ones are those of the file."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            fix = "Run one forward pass, which initialises lazy modules, then load."
+            raise _other_model(path, f"{name!r} must be initialised", "a lazy one", fix)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names_of: dict[int, set[str]] = {}
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), set()).add(name)
+    for name, view in plan.views.items():
+        for alias in plan.names[name]:
+            if alias not in parameters:
+                raise _other_model(path, f"the model must have the parameter {alias!r}", "none")
+            if tuple(parameters[alias].shape) != view.shape:
+                raise _other_model(path, f"{alias!r} must have shape {view.shape}", str(tuple(parameters[alias].shape)))
+        if (tied := names_of[id(parameters[name])]) != set(plan.names[name]):
+            must = f"one parameter must have just the names {sorted(plan.names[name])}"
+            raise _other_model(path, must, str(sorted(tied)))
+    return parameters
+
+
 def _fill(model: nn.Module, contents: Contents, path: Any, own: set[str]) -> None:
     """Put the file's dense tensors into a freshly assembled model, in the file's types, ties kept."""
-    wanted = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in own}
-    given = {name: tensor for name, tensor in contents.tensors.items() if name not in own}
-    given |= {alias: given[name] for alias, name in contents.fields["aliases"].items() if name in given}
-    for name in sorted(wanted.keys() ^ given.keys()):
-        side = "the file has none" if name in wanted else "the model has none"
+    current = model.state_dict(keep_vars=True)
+    source = {name: name for name in contents.tensors if name not in own} | contents.fields["aliases"]
+    for name in sorted((current.keys() - own) ^ source.keys()):
+        side = "the file has none" if name in current else "the model has none"
         raise _other_model(path, f"model and file must both hold the dense tensor {name!r}", side)
-    made: dict[int, Tensor] = {}
-    for name, old in wanted.items():
-        if old.shape != given[name].shape:
-            raise _other_model(path, f"{name!r} must have shape {tuple(given[name].shape)}", str(tuple(old.shape)))
-        if id(old) not in made:
-            new = given[name].to(old.device if not old.is_meta else "cpu")
-            made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-    for name, old in wanted.items():
-        prefix, _, attribute = name.rpartition(".")
-        module = model.get_submodule(prefix)
-        (module._parameters if isinstance(old, nn.Parameter) else module._buffers)[attribute] = made[id(old)]  # type: ignore[assignment]
-    for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+    _check_ties(path, {name: current[name] for name in source if isinstance(current[name], nn.Parameter)}, source)
+    state = OrderedDict((name, current[name]) for name in current if name in own)
+    made: dict[tuple[str, bool], Tensor] = {}
+    for name in source:
+        key = source[name], isinstance(current[name], nn.Parameter)
+        if key not in made:
+            made[key] = _in_place_of(current[name], contents.tensors[source[name]], name, path)
+        state[name] = made[key]
+    state._metadata = getattr(current, "_metadata", None)  # type: ignore[attr-defined]
+    try:  # past a load_state_dict of the user's own, which may not know `assign`
+        nn.Module.load_state_dict(model, state, assign=True)
+    except RuntimeError as e:
+        raise _other_model(path, "the model must take the file's tensors", str(e)) from None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in contents.fields["frozen"]:
+        if name in parameters:
+            parameters[name].requires_grad_(False)
+    for name, tensor in (*model.named_buffers(), *parameters.items()):
         if tensor.is_meta:
             fix = "Build the model on a real device: the buffer is not part of its state_dict, so no file holds it."
             raise _other_model(path, f"{name!r} must have values", "a tensor on the meta device", fix)
 
 
-def _other_model(
-    path: Any, must: str, found: str, fix: str = "Pass a model of the architecture that was saved."
-) -> FxrpgError:
-    return FxrpgError(f"load, {path}", must, found, fix)
+def _check_ties(path: Any, parameters: dict[str, nn.Parameter], source: dict[str, str]) -> None:
+    """Two names must be one parameter in the model where they are one tensor in the file, and nowhere else."""
+    first_of: dict[Any, str] = {}
+    for name, parameter in parameters.items():
+        for other in (first_of.setdefault(id(parameter), name), first_of.setdefault(source[name], name)):
+            if (source[other] == source[name]) != (parameters[other] is parameter):
+                found = "two in the " + ("model" if source[other] == source[name] else "file")
+                raise _other_model(path, f"{other!r} and {name!r} must be one parameter in both model and file", found)
+
+
+def _in_place_of(old: Any, new: Tensor, name: str, path: Any) -> Tensor:
+    """`new` as the model holds `old`: on its device, in its memory format, a parameter if it is one."""
+    if name.rpartition(".")[2] == "_extra_state":
+        return new  # what the module's own get_extra_state gave
+    if old.shape != new.shape:
+        raise _other_model(path, f"{name!r} must have shape {tuple(new.shape)}", str(tuple(old.shape)))
+    if (old.is_floating_point(), old.is_complex()) != (new.is_floating_point(), new.is_complex()):
+        raise _other_model(path, f"{name!r} must be of a type like {new.dtype}", str(old.dtype))
+    device = torch.device("cpu") if old.is_meta else old.device
+    placed = torch.empty_like(old, dtype=new.dtype, device=device).copy_(new)
+    return nn.Parameter(placed, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else placed
+
+
+def _other_model(path: Any, must: str, found: str, fix: str = "") -> FxrpgError:
+    return FxrpgError(f"load, {path}", must, found, fix or "Pass a model of the architecture that was saved.")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import nn
@@ -28,18 +31,28 @@ from fxrpg.version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 2 after a mistake of the user's, told in one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot write
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FxrpgError, OSError) as e:
-        print(f"fxrpg {arguments.command}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"fxrpg {arguments.command}: {_one_line(str(e))}", file=sys.stderr)
         return 2
     return 0
 
 
+def _one_line(text: str) -> str:
+    """`text` in one line, without characters that would control the terminal (names come from files)."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}. Run `{self.prog} --help` for an example.", file=sys.stderr)
+        print(f"{self.prog}: {_one_line(message)}. Run `{self.prog} --help` for an example.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -59,26 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, help="passes over the training images, for each model")
     command.add_argument("--seeds", type=int, help="runs of each size")
 
-    command = _command(
-        commands,
-        "explain",
-        _explain,
-        "what would be generated, and how",
-        "fxrpg explain torchvision.models:resnet18 --dof 0.1",
-    )
+    example = "fxrpg explain torchvision.models:resnet18 --dof 0.1"
+    command = _command(commands, "explain", _explain, "what would be generated, and how", example)
     _add_model(command)
     _add_transform(command)
 
     command = _command(commands, "info", _info, "what a packed file holds", "fxrpg info resnet18.safetensors")
     command.add_argument("file", type=Path)
 
-    command = _command(
-        commands,
-        "pack",
-        _pack,
-        "transform a model and write its file",
-        "fxrpg pack my_models:build --dof 2359296 --weights trained.pt --out packed.safetensors",
-    )
+    example = "fxrpg pack my_models:build --dof 2359296 --weights trained.pt --out packed.safetensors"
+    command = _command(commands, "pack", _pack, "transform a model and write its file", example)
     _add_model(command)
     _add_transform(command)
     command.add_argument("--out", type=Path, required=True, help="the file to write")
@@ -89,13 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--withhold-seed", action="store_true", help="leave the seed out of the file (no encryption)")
 
-    command = _command(
-        commands,
-        "unpack",
-        _unpack,
-        "write the full weights of a packed file",
-        "fxrpg unpack packed.safetensors --out dense.safetensors",
-    )
+    example = "fxrpg unpack packed.safetensors --out dense.safetensors"
+    command = _command(commands, "unpack", _unpack, "write the full weights of a packed file", example)
     command.add_argument("file", type=Path)
     command.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
     command.add_argument("--seed", type=int, help="where the file withholds it")
@@ -138,13 +136,10 @@ def _add_transform(command: argparse.ArgumentParser) -> None:
 
 
 def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, found {text!r}") from None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"must be a number, found {text!r}")
 
 
 def _rule(text: str) -> tuple[str, str]:
@@ -154,7 +149,7 @@ def _rule(text: str) -> tuple[str, str]:
     return pattern, action
 
 
-def build(spec: str, device: str | None = None) -> nn.Module:
+def build(spec: str, device: str = "cpu") -> nn.Module:
     """The model that `package.module:callable` builds; modules in the current folder are found too.
 
     Raises:
@@ -166,17 +161,16 @@ def build(spec: str, device: str | None = None) -> nn.Module:
         raise FxrpgError(where, "must name a module and a callable", repr(spec), fix)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    must = "must be importable"
     try:
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError) as e:
-        raise FxrpgError(where, "must be importable", f"{type(e).__name__}: {e}", fix) from None
-    try:
-        with torch.device(device) if device else torch.device("cpu"):
+        must = "must build without arguments"
+        with torch.device(device):
             model = target()
-    except Exception as e:
-        raise FxrpgError(where, "must build without arguments", f"{type(e).__name__}: {e}", fix) from e
+    except (Exception, SystemExit) as e:  # the user's code may do anything
+        raise FxrpgError(where, must, f"{type(e).__name__}: {e}", fix) from e
     if not isinstance(model, nn.Module):
         raise FxrpgError(where, "must build a torch.nn.Module", type(model).__name__, fix)
     return model
@@ -193,7 +187,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    small = _transform(build(arguments.model, "meta"), arguments)
+    """On the meta device, where a model of any size costs nothing; on the CPU where its constructor needs values."""
+    try:
+        model = build(arguments.model, "meta")
+        on_meta = all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    except FxrpgError:
+        on_meta = False
+    small = _transform(model if on_meta else build(arguments.model), arguments)
     print(explain(small))
     print()
     print(ledger(small))
@@ -202,7 +202,7 @@ def _explain(arguments: argparse.Namespace) -> None:
 def _info(arguments: argparse.Namespace) -> None:
     contents = checkpoint.read(arguments.file)
     fields = contents.fields
-    generated = sum(torch.Size(row["shape"]).numel() for row in fields["table"])
+    generated = sum(prod(row["shape"]) for row in fields["table"])
     settings = ", ".join(f"{key}={value}" for key, value in fields["settings"].items())
     rows = [
         ["format", fields["format"]],
@@ -220,14 +220,16 @@ def _info(arguments: argparse.Namespace) -> None:
     print(tabulate(rows, disable_numparse=True))
     print()
     table = [
-        [row["name"], "x".join(map(str, row["shape"])), row["offset"], f"{row['scale']:.6g}"] for row in fields["table"]
+        [_one_line(row["name"]), "x".join(map(str, row["shape"])), row["offset"], f"{row['scale']:.6g}"]
+        for row in fields["table"]
     ]
     print(tabulate(table, ["weight", "shape", "offset", "scale"]))
 
 
 def _pack(arguments: argparse.Namespace) -> None:
-    model = build(arguments.model)
     weights = _read_weights(arguments.weights) if arguments.weights else None
+    _check_not_overwritten(arguments.weights, arguments.out)
+    model = build(arguments.model)
     if weights is None:
         small = _transform(model, arguments)
     elif any(name.startswith("fxrpg_") for name in weights):
@@ -246,18 +248,24 @@ def _pack(arguments: argparse.Namespace) -> None:
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """A state_dict from a file, read without running code from it."""
     fix = "Pass a state_dict saved by torch.save or safetensors."
+    if path.exists() and not path.is_file():
+        raise FxrpgError(str(path), "must be a file", "a folder or a device", fix)
     try:
-        found = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of an archive of another kind, it says in the error too
+            if path.suffix == ".safetensors":
+                found = load_file(path)
+            else:
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except (SafetensorError, Exception) as e:
+    except Exception as e:
         raise FxrpgError(str(path), "must be a readable state_dict", f"{type(e).__name__}: {e}", fix) from None
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict):
         raise FxrpgError(str(path), "must hold a dict of tensors", type(found).__name__, fix)
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise FxrpgError(str(path), "must hold a dict of tensors", f"{name!r}: {type(value).__name__}", fix)
     return found
 
 
@@ -269,20 +277,24 @@ def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path
         raise FxrpgError(str(path), "must fit the model", " ".join(str(e).split())[:300], fix) from None
 
 
+def _check_not_overwritten(source: Path | None, out: Path) -> None:
+    if source and out.exists() and out.samefile(source):
+        raise FxrpgError("--out", "must be another file than the one that is read", str(out), "Choose another path.")
+
+
 def _unpack(arguments: argparse.Namespace) -> None:
+    _check_not_overwritten(arguments.file, arguments.out)
     tensors = checkpoint.unpack(arguments.file, arguments.seed)
-    # tied tensors are written under each of their names: safetensors shares no storage
-    checkpoint.write_tensors(arguments.out, {name: t.clone() for name, t in tensors.items()}, {"format": "pt"})
+    checkpoint.write_tensors(arguments.out, tensors, {"format": "pt"})  # tied ones under each of their names
     print(f"wrote {arguments.out}: {sum(t.numel() for t in tensors.values()):,} numbers in {len(tensors)} tensors")
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     contents = checkpoint.read(arguments.file)
-    seed = arguments.seed
-    if contents.fields["seed"] == header.WITHHELD and seed is None:
+    if contents.fields["seed"] == header.WITHHELD and arguments.seed is None and not arguments.model:
         print(f"{arguments.file}: every byte verified; the seed is withheld, pass --seed to verify it")
         return
+    contents.plan(arguments.file, arguments.seed)
     if arguments.model:
-        checkpoint.load(build(arguments.model), arguments.file, seed=seed)
-    contents.plan(arguments.file, seed)
+        checkpoint.load(build(arguments.model), arguments.file, seed=arguments.seed)
     print(f"{arguments.file}: every byte verified, the random functions draw as they did when it was written")

@@ -10,8 +10,8 @@ from tabulate import tabulate
 from torch import nn
 
 from fxrpg.assemble import plan_of, trace_of
-from fxrpg.handle import Use
 from fxrpg.owner import link_of, plain_class, stock_layer
+from fxrpg.trace import Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,16 @@ def _row(name: str, shape: tuple[int, ...], uses: dict[str, Use]) -> Row:
 
 
 def _predicted(model: nn.Module) -> Iterator[tuple[str, str, Use]]:
-    """(name, layer, use) for weights of stock layers, which are sure to be lowered whenever they run."""
+    """(name, layer, use) for weights of layers whose code is torch's own, so that it is known what consumes them."""
     for module in model.modules():
-        stock = stock_layer(plain_class(module))
-        if stock and (link := link_of(module)):
+        base = plain_class(module)
+        stock = stock_layer(base)
+        whole = issubclass(base, _UNLOWERED)
+        if (link := link_of(module)) and (stock or whole):
+            use = Use("handle", "materialized", "no lowering for this op") if whole else Use("handle", "staged", "")
             for name, *_view in link.weights.values():
-                yield name, stock.__name__, Use("handle", "staged", "")
+                yield name, (stock or base).__name__, use
+
+
+_UNLOWERED = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.RNNBase, nn.RNNCellBase)
+"""Layers that hand their weights, all together, to one function of torch."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fxrpg.assemble import plan_of
+from fxrpg.assemble import copy_module, plan_of
 from fxrpg.errors import FxrpgError
 from fxrpg.lowering import accumulate_gradient, generate_weight
 from fxrpg.owner import DIGEST, SCALE
@@ -44,6 +43,13 @@ def fit(model: nn.Module, target: nn.Module) -> Fit:
     it stands for (the exact solution, since each entry reads one cell). A small residual rarely follows: with fewer
     numbers than weights the projection loses most of a trained network, so train afterwards.
 
+    Args:
+        model: the result of `transform`; stays untouched.
+        target: an ordinary module with the same parameters as the one that was transformed.
+
+    Returns:
+        The fitted model and how far off it is: `fxrpg.fit(small, model).model`.
+
     Raises:
         FxrpgError: `target` lacks a weight, has it in another shape, or holds NaN or infinite values.
     """
@@ -51,7 +57,7 @@ def fit(model: nn.Module, target: nn.Module) -> Fit:
     weights = dict(target.named_parameters(remove_duplicate=False))
     for name, view in plan.views.items():
         _check_target(name, view.shape, weights.get(name))
-    result = copy.deepcopy(model)
+    result = copy_module(model)
     _take_over_dense(result, target, plan)
     state = result.get_parameter(plan.generator.state_name)
     scale = result.get_buffer(SCALE)

@@ -7,44 +7,36 @@ promise: neither a generated weight nor an alias of it is saved for backward.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
+import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
+from fxrpg.functions import GRAD, IS_LEAF, METADATA, RECORD, REQUIRES_GRAD, Step, rearrangement, writes
+from fxrpg.generator import View
 from fxrpg.lowering import LOWERINGS, Generated, NotLowered, current_mode, generate_weight
-
-Step = Callable[[Tensor], Any]
-
-
-class Use(NamedTuple):
-    """How an op last consumed a generated weight."""
-
-    way: str
-    path: str
-    reason: str
+from fxrpg.trace import Trace
 
 
-class Trace:
-    """What becomes of a model's generated weights: name -> consuming op -> its last use."""
+def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep Dynamo from compiling `function`, and what it calls, after a graph break. Does not import Dynamo by itself."""
+    disabled: list[Callable[..., Any]] = []
 
-    def __init__(self, strict: bool = False) -> None:
-        self.strict = strict
-        self.seen: dict[str, dict[str, Use]] = {}
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch._dynamo.disable(function))
+        return disabled[0](*args, **kwargs)
 
-    def note(self, name: str, path: str, op: str, reason: str = "", way: str = "handle") -> None:
-        """Record one consumption. In strict mode a weight that was not lowered raises."""
-        self.seen.setdefault(name, {})[op] = Use(way, path, reason)
-        if self.strict and path == "materialized":
-            raise FxrpgError(
-                name,
-                f"{op} needs a lowering to consume a generated weight (strict=True)",
-                reason,
-                f'Transform with strict=False to materialize it, or leave it dense with Rule("{name}", "dense").',
-            )
+    return run
 
 
 class Handle(Tensor):
@@ -62,6 +54,7 @@ class Handle(Tensor):
     differentiable: bool
 
     @staticmethod
+    @not_compiled
     def __new__(
         cls,
         generated: Generated,
@@ -94,7 +87,9 @@ class Handle(Tensor):
 
     def _after(self, step: Step, result: Tensor, stand_in: Tensor) -> Handle:
         aliasing = self.aliasing and _storage(result) == _storage(stand_in)
-        return Handle(self.generated, self.weight_name, self.weight_trace, (*self.chain, step), result, aliasing)
+        return Handle(
+            self.generated, self.weight_name, self.weight_trace, (*self.chain, step), result, aliasing
+        ).attached()
 
     def _geometry(self) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
         with torch._C.DisableTorchFunctionSubclass():
@@ -115,6 +110,17 @@ class Handle(Tensor):
                 return Generated.of(*self.generated[:3], transposed=True)
         raise NotLowered("the weight was rearranged, cast or detached on the way")
 
+    def attached(self) -> Handle:
+        """This handle on autograd's record, for code that takes it past torch's function dispatch (an autograd.Function).
+
+        Ops that meet it there never look at this record: they generate from the state, which has its own.
+        """
+        if not (self.differentiable and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active():
+            return self
+        state, scale, view = self.generated[:3]
+        handle = _Attach.apply(state, scale, view, self.chain, self)
+        return handle if isinstance(handle, Handle) else self
+
     def produce(self) -> Tensor:
         """The weight itself, on autograd's record, with the chain replayed."""
         weight = _replay(torch.ops.fxrpg.generate.default(*self.generated[:3]), self.chain)
@@ -128,36 +134,66 @@ class Handle(Tensor):
         return self.produce().detach()
 
     @classmethod
+    @not_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in REQUIRES_GRAD:
+            return args[0].differentiable
+        if func in GRAD:
+            return None
+        if func in RECORD and not args[0].chain:
+            return func in IS_LEAF or None  # a weight as it is looks like the parameter it stands for
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _REQUIRES_GRAD:
-            return args[0].differentiable
         _refuse_write(func, args, kwargs)
-        if (step := _rearrangement(func, args, kwargs)) is not None:
+        if func is Tensor.__iter__:
+            return iter(args[0].unbind(0))
+        first = args[0] if args and isinstance(args[0], Handle) else None
+        if (
+            first is not None
+            and (step := rearrangement(func, args[1:], kwargs, first.generated.state.device)) is not None
+        ):
             with contextlib.suppress(NotImplementedError):  # what the meta device cannot do
-                return args[0].rearranged(step)
+                return first.rearranged(step)
         return consume(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Reached only below autograd, where a gradient would be lost without a word."""
-        handles = _handles((args, kwargs))
-        if torch.is_grad_enabled() and any(h.differentiable for h in handles):
-            raise FxrpgError(
-                handles[0].weight_name,
-                f"{func} must meet a generated weight through torch's function dispatch",
-                "a call that bypasses it, which would lose the gradient",
-                f'Leave the weight dense with Rule("{handles[0].weight_name}", "dense").',
-            )
-        for handle in handles:
+        """Reached below autograd, where the handle stands in for the weight: in backward, or past the function dispatch."""
+        for handle in _handles((args, kwargs)):
             handle.weight_trace.note(
-                handle.weight_name, "materialized", str(func), "called below torch's function dispatch"
+                handle.weight_name, "materialized", str(func), "met below torch's function dispatch"
             )
-        args, kwargs = pytree.tree_map_only(Handle, Handle.produce, (tuple(args), dict(kwargs or {})))
+        with torch.no_grad():
+            args, kwargs = _replace_handles((tuple(args), dict(kwargs or {})), Handle.produce)
         return func(*args, **kwargs)
+
+
+class _Attach(torch.autograd.Function):
+    """The record of a handle: its gradient goes through the chain's adjoint to the state."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, scale: Tensor, view: str, chain: tuple[Step, ...], handle: Handle) -> Handle:
+        ctx.save_for_backward(state, scale)
+        ctx.view, ctx.chain = view, chain
+        size, stride, dtype = handle._geometry()
+        like = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        attached = Handle(handle.generated, handle.weight_name, handle.weight_trace, chain, like, handle.aliasing)
+        attached.differentiable = True
+        return attached
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        state, scale = ctx.saved_tensors
+        grad = grads[0]
+        if ctx.chain:
+            with torch.enable_grad():
+                weight = torch.zeros(
+                    View.parse(ctx.view).shape, dtype=state.dtype, device=state.device, requires_grad=True
+                )
+                (grad,) = torch.autograd.grad(_replay(weight, ctx.chain), weight, grad)
+        return torch.ops.fxrpg.accumulate.default(grad, state, scale, ctx.view), None, None, None, None
 
 
 def handle_of(state: Any, scale: Any, view: str, name: str) -> Any:
@@ -166,29 +202,33 @@ def handle_of(state: Any, scale: Any, view: str, name: str) -> Any:
         return state.tracer.create_proxy("call_function", handle_of, (state, scale, view, name), {})
     if torch.compiler.is_compiling():
         return torch.ops.fxrpg.generate.default(state, scale, view)
-    return Handle(Generated.of(state, scale, view), name, Trace())
+    return Handle(Generated.of(state, scale, view), name, Trace()).attached()
 
 
 def consume(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run `func` on arguments that hold handles: lowered if a rule covers the call, else on materialized weights."""
     handles = _handles((args, kwargs))
     op = getattr(func, "__name__", str(func))
+    if not handles:
+        raise FxrpgError(
+            op,
+            "generated weights must stand in tuples, lists or dicts",
+            "another container",
+            "Unpack it before the call.",
+        )
     try:
-        out, weight = _lowered(func, args, kwargs)
-    except NotLowered as reason:
-        for handle in handles:
-            handle.weight_trace.note(handle.weight_name, "materialized", op, str(reason))
-        return _materialized(func, args, kwargs, handles)
+        out = _lowered(func, args, kwargs)
+        path, reason = "staged", ""
+    except NotLowered as e:
+        out = _materialized(func, args, kwargs, handles)
+        path, reason = "materialized", str(e)
     for handle in handles:
-        if handle is weight:
-            handle.weight_trace.note(handle.weight_name, "staged", op)
-        else:
-            handle.weight_trace.note(handle.weight_name, "materialized", op, "stands beside the op's weight")
+        handle.weight_trace.note(handle.weight_name, path, op, reason)
     return out
 
 
-def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Handle]:
-    """`func` through its rule, and the handle that was its weight. Raises NotLowered where no rule covers the call."""
+def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """`func` through its rule. Raises NotLowered where no rule covers the call."""
     rule = LOWERINGS.get(func)
     if rule is None:
         raise NotLowered("no lowering for this op")
@@ -200,20 +240,51 @@ def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Handle]
     generated = weight.as_weight()
     if generated.transposed and not rule.transposable:
         raise NotLowered("the weight was transposed on the way")
-    rest = [generated if i == rule.position else _replace_handles(arg, Handle.produce) for i, arg in enumerate(args)]
-    named = {k: generated if v is weight else _replace_handles(v, Handle.produce) for k, v in kwargs.items()}
-    return rule.call(*rest, **named), weight
+    if len(_handles((args, kwargs))) > 1:
+        raise NotLowered("several generated tensors meet in this op")
+    args, kwargs = _replace_handles((args, rule.arguments(kwargs)), lambda handle: generated)
+    return rule.call(*args, **kwargs)
 
 
 def _materialized(func: Any, args: Any, kwargs: dict[str, Any], handles: list[Handle]) -> Any:
     """Run `func` on the full weights; what autograd saves of them is a recipe, and backward generates again."""
     weights = {id(handle): handle.produce() for handle in handles}
-    args, kwargs = _replace_handles((args, kwargs), lambda h: weights[id(h)])
-    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return func(*args, **kwargs)
+    full_args, full_kwargs = _replace_handles((args, kwargs), lambda h: weights[id(h)])
+    if torch._C._are_functorch_transforms_active():
+        return func(*full_args, **full_kwargs)
     hooks = _Recipes({_storage(weights[id(handle)]): handle for handle in handles})
-    with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
-        return func(*args, **kwargs)
+    if not torch.is_grad_enabled():
+        out = func(*full_args, **full_kwargs)
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+            out = func(*full_args, **full_kwargs)
+
+    def again(handle: Handle) -> Step:
+        return lambda weight: func(
+            *_replace_handles(args, lambda _: weight), **_replace_handles(kwargs, lambda _: weight)
+        )
+
+    return _without_aliases(out, hooks.handles, again) if len(handles) == 1 else out
+
+
+def _without_aliases(out: Any, handles: dict[int, Handle], again: Callable[[Handle], Step]) -> Any:
+    """What an op returned, with a handle in the place of each alias of the weight (an op that returns its input, a view)."""
+
+    def replaced(tensor: Any, pick: Callable[[Any], Any]) -> Any:
+        strided = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not strided or (handle := handles.get(_storage(tensor))) is None:
+            return tensor
+        size, stride, dtype = tensor.size(), tensor.stride(), tensor.dtype
+        like = torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=tensor.requires_grad)
+        step = again(handle)
+        chain = (*handle.chain, lambda weight: pick(step(weight)))
+        return Handle(
+            handle.generated, handle.weight_name, handle.weight_trace, chain, like, handle.aliasing
+        ).attached()
+
+    if type(out) in (tuple, list):
+        return type(out)(replaced(part, operator.itemgetter(i)) for i, part in enumerate(out))
+    return replaced(out, lambda result: result)
 
 
 class _Recipes:
@@ -251,6 +322,11 @@ def _part(step: Step, i: int) -> Step:
     return lambda weight: step(weight)[i]
 
 
+def _meta_like(handle: Handle) -> Tensor:
+    size, stride, dtype = handle._geometry()
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+
 def _replay(weight: Tensor, chain: tuple[Step, ...]) -> Tensor:
     for step in chain:
         weight = step(weight)
@@ -271,91 +347,12 @@ def _replace_handles(tree: Any, produce: Callable[[Handle], Any]) -> Any:
 
 def _refuse_write(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """An in-place write to a generated weight would be lost, so it raises."""
-    name = getattr(func, "__name__", "")
-    writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     first = args[:1] or [kwargs.get(key) for key in ("tensor", "input", "self")]
-    target = _handles((first if writes else (), kwargs.get("out")))
+    target = _handles((first if writes(func) else (), kwargs.get("out")))
     if target:
         raise FxrpgError(
             target[0].weight_name,
             "a generated weight is read-only: it is computed from the generator's state",
-            f"a call of {name!r} on it",
+            f"a call of {func.__name__!r} on it",
             f'Train or set the state instead, or leave the weight dense with Rule("{target[0].weight_name}", "dense").',
         )
-
-
-_WRITES = {"__setitem__", "__set__", "__delete__", "register_hook", "retain_grad", "backward"} | {
-    f"__i{op}__"
-    for op in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "matmul",
-    ]
-}
-
-
-def _rearrangement(func: Any, args: Any, kwargs: dict[str, Any]) -> Step | None:
-    """The step that `func` adds to its first argument's chain, if it only changes layout or type."""
-    if not args or not isinstance(args[0], Handle):
-        return None
-    handle, rest = args[0], args[1:]
-    if func in _CASTS:
-        device, dtype = _cast_target(func, rest, kwargs)
-        same_place = device is None or torch.device(device).type == handle.generated.state.device.type
-        return (lambda w: w.to(dtype) if dtype else w) if same_place else None
-    if func not in _REARRANGEMENTS or any(isinstance(x, Tensor) for x in pytree.tree_leaves((rest, kwargs))):
-        return None
-    return lambda w: func(w, *rest, **kwargs)
-
-
-def _cast_target(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]:
-    if func in _CAST_DTYPES:
-        return None, _CAST_DTYPES[func]
-    other = args[0] if args else kwargs.get("other")
-    if isinstance(other, Tensor):
-        return other.device, other.dtype
-    return torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})[:2]
-
-
-def _functions(names: str) -> set[Any]:
-    """The functions `torch.<name>` and methods `Tensor.<name>` that exist."""
-    return {getattr(place, name) for name in names.split() for place in (torch, Tensor) if hasattr(place, name)}
-
-
-def _getters(names: str) -> set[Any]:
-    return {getattr(Tensor, name).__get__ for name in names.split() if hasattr(Tensor, name)}
-
-
-METADATA = _functions(
-    "size dim ndimension numel nelement element_size stride storage_offset is_contiguous is_floating_point is_complex"
-    " is_signed is_inference get_device dim_order __len__ __hash__"
-) | _getters(
-    "shape dtype device ndim layout names itemsize nbytes is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized"
-    " is_mkldnn is_mps is_xpu is_nested is_leaf grad_fn grad _base _version output_nr retains_grad"
-)
-
-_REQUIRES_GRAD = _getters("requires_grad")
-
-_REARRANGEMENTS = _functions(
-    "__getitem__ adjoint as_strided broadcast_to chunk contiguous detach diagonal dsplit expand expand_as flatten hsplit"
-    " moveaxis movedim narrow permute positive ravel reshape reshape_as select split split_with_sizes squeeze swapaxes"
-    " swapdims t tensor_split transpose unbind unflatten unfold unsqueeze unsafe_chunk unsafe_split view view_as vsplit"
-) | _getters("T mT H mH data")
-
-_CAST_DTYPES = {
-    Tensor.float: torch.float32,
-    Tensor.double: torch.float64,
-    Tensor.half: torch.float16,
-    Tensor.bfloat16: torch.bfloat16,
-}
-_CASTS = {Tensor.to, Tensor.type_as, *_CAST_DTYPES}

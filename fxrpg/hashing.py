@@ -86,7 +86,7 @@ def near_normal(count: int, seed: int, *labels: int, chunk: int = 1 << 20) -> Te
     Returns:
         float64 tensor of shape [count], on the CPU.
     """
-    out = torch.empty(count, dtype=torch.float64)
+    out = torch.empty(count, dtype=torch.float64, device="cpu")
     deviation = (8 * ((1 << 32) - 1) / 12) ** 0.5
     for start in range(0, count, chunk):
         n = min(chunk, count - start)
@@ -172,7 +172,7 @@ class Bijection:
         An element that never does lies on a cycle outside the range, which nothing in the range reaches: any value will do.
         """
         a, b = self.factors
-        y = torch.arange(self.count, a * b, dtype=torch.int64)
+        y = torch.arange(self.count, a * b, dtype=torch.int64, device="cpu")
         for _ in range(len(y)):
             y = torch.where(y >= self.count, step(y), y)
         return tuple(torch.where(y >= self.count, 0, y).tolist())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,6 +86,15 @@ class Rule:
     transposable: bool
     role: Callable[..., Role] | None
 
+    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments as `call` names them. Raises NotLowered for one that it does not know (`out`, say)."""
+        known = inspect.signature(self.call).parameters
+        renamed = {"weight" if key == self.keyword else key: value for key, value in kwargs.items()}
+        for key in renamed:
+            if key not in known:
+                raise NotLowered(f"called with {key!r}")
+        return renamed
+
 
 LOWERINGS: dict[Any, Rule] = {}
 LAYERS: dict[Any, Callable[..., Any]] = {}
@@ -132,9 +142,27 @@ def dims_of(x: Any) -> int | None:
     return value.dim() if isinstance(value, Tensor) else None
 
 
+def encode_scales(values: Tensor) -> Tensor:
+    """The buffer `fxrpg_scale` for positive scales of 16 significant bits: float32 [n, 3], rows (high, low, exponent).
+
+    A scale is (256 * high + low) * 2^exponent. All entries are integers of at most eight bits, which every floating type
+    holds exactly: no cast of the model, no average over equal models, changes a scale.
+    """
+    mantissa, exponent = torch.frexp(values.to(torch.float64).cpu())
+    whole = torch.round(mantissa * (1 << 16))
+    high = torch.floor(whole / 256)
+    return torch.stack([high, whole - 256 * high, exponent.to(torch.float64) - 16], 1).to(torch.float32)
+
+
+def decode_scales(buffer: Tensor) -> Tensor:
+    """The scales that rows (high, low, exponent) stand for, float32, of shape [n] (or [] for one row)."""
+    high, low, exponent = buffer.to(torch.float32).round().unbind(-1)
+    return torch.ldexp(high * 256 + low, exponent)
+
+
 def scale_of(scale: Tensor, view: View) -> Tensor:
-    """The layer's scale, a 0-dimensional float32 tensor. `scale` holds bit patterns, so that no cast of a model rounds it."""
-    return scale.view(torch.float32)[view.tensor]
+    """The layer's scale, a 0-dimensional float32 tensor."""
+    return decode_scales(scale[view.tensor])
 
 
 def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -160,5 +188,6 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     """Gradient of the state from the gradient of the scaled weight: summed in float32 (float64 for float64)."""
     view = View.parse(text)
     wide = torch.promote_types(grad.dtype, torch.promote_types(state.dtype, torch.float32))
+    grad = grad.to_dense() if grad.layout != torch.strided else grad
     scaled = grad.to(wide) * scale_of(scale, view)
     return view.generator.accumulate(scaled, state, view).to(state.dtype)

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import View
-from fxrpg.handle import Handle, Trace
+from fxrpg.handle import Handle
 from fxrpg.lowering import LAYERS, Generated
+from fxrpg.trace import Trace
 
 SCALE = "fxrpg_scale"
 DIGEST = "fxrpg_digest"
@@ -70,6 +73,17 @@ def disown(owner: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         owner._init_flat_weights()
 
 
+def encode_digest(digest: str) -> Tensor:
+    """The buffer `fxrpg_digest`: the hexadecimal digits as float32, small integers that no cast or average changes."""
+    return torch.tensor([int(digit, 16) for digit in digest], dtype=torch.float32, device="cpu")
+
+
+def decode_digest(buffer: Tensor) -> str:
+    """The digest in a buffer; digits out of range become "?"."""
+    digits = buffer.detach().float().round().flatten().tolist()
+    return "".join(f"{int(digit):x}" if 0 <= digit < 16 else "?" for digit in digits)
+
+
 def watch_loading(root: nn.Module) -> None:
     """Have `load_state_dict` refuse a state of another seed, plan or implementation, before it changes anything."""
     if not _watches(root):
@@ -90,7 +104,7 @@ def _watches(root: nn.Module) -> list[int]:
 def _check_digest(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     found = state_dict.get(prefix + DIGEST)
     expected = module.__dict__[PLAN].digest()
-    if found is not None and not found.is_meta and (digest := bytes(found.tolist()).hex()) != expected:
+    if found is not None and not found.is_meta and (digest := decode_digest(found)) != expected:
         raise FxrpgError(
             f"load_state_dict, {prefix + DIGEST}",
             f"the state must belong to this model's seed and plan (digest {expected[:12]}...)",
@@ -117,7 +131,14 @@ def read(owner: nn.Module, attribute: str) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.fxrpg.generate.default(generated.state, generated.scale, generated.view)
     link: Any = owner._fxrpg_link
-    return Handle(generated, link.weights[attribute][0], link.root.__dict__[TRACE])
+    if is_fx_tracing() and get_proxy_mode() is None:
+        raise FxrpgError(
+            link.weights[attribute][0],
+            "a generated weight must be read when the model runs",
+            "torch.fx's symbolic tracer",
+            "Trace the original model and transform the graph module.",
+        )
+    return Handle(generated, link.weights[attribute][0], link.root.__dict__[TRACE]).attached()
 
 
 @functools.cache
@@ -125,6 +146,8 @@ def owner_class(base: Any, attributes: tuple[str, ...]) -> Any:
     """The subclass of `base` whose `attributes` are generated. One class per argument, so that compiled code is shared."""
     namespace: dict[str, Any] = {name: _property(name) for name in attributes}
     namespace |= {"_fxrpg_base": base, "_fxrpg_attributes": attributes, "__reduce_ex__": _reduce}
+    # under the module's own name torch.fx keeps torch's layers as leaves
+    namespace |= {"register_parameter": _register_parameter, "__module__": base.__module__}
     if (stock := stock_layer(base)) and attributes == ("weight",):
         namespace["forward"] = _compilable_forward(base, LAYERS[stock])
     if issubclass(base, nn.RNNBase):
@@ -140,6 +163,8 @@ def plain_class(module: nn.Module) -> Any:
 
 def stock_layer(base: Any) -> Any:
     """The registered layer type whose forward `base` runs unchanged, if any."""
+    if issubclass(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # attention's output projection: its forward never runs, its weight is handed to a function
     for stock in LAYERS:
         if issubclass(base, stock) and base.forward is stock.forward:
             inner = getattr(stock, "_conv_forward", None)
@@ -148,7 +173,10 @@ def stock_layer(base: Any) -> Any:
 
 
 def _property(name: str) -> property:
-    return property(lambda self: read(self, name))
+    def refuse(self: nn.Module, *_: Any) -> None:
+        _register_parameter(self, name, None)
+
+    return property(lambda self: read(self, name), refuse, refuse)
 
 
 def _compilable_forward(base: Any, layer: Any) -> Any:
@@ -161,6 +189,26 @@ def _compilable_forward(base: Any, layer: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """What `module.weight = nn.Parameter(...)` calls: a generated weight cannot be replaced."""
+    cls: Any = type(self)
+    if name in cls._fxrpg_attributes:
+        full = generated_name(self, name)
+        raise FxrpgError(
+            full,
+            "a generated weight is read-only: it is computed from the generator's state",
+            "an attempt to replace it",
+            f'Assign it before transforming, or leave the weight dense with Rule("{full}", "dense").',
+        )
+    cls._fxrpg_base.register_parameter(self, name, param)
+
+
+def generated_name(owner: nn.Module, attribute: str) -> str:
+    """The name under which the weight is planned."""
+    link: Any = owner._fxrpg_link
+    return link.weights[attribute][0]
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:

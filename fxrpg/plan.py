@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.fx as fx
 from torch import Tensor, nn
 
 from fxrpg.errors import FxrpgError
@@ -41,6 +42,11 @@ class Rule:
                 "the action must be 'generate' or 'dense'",
                 repr(self.action),
                 "Pass one.",
+            )
+        if not isinstance(self.pattern, str) and not callable(self.pattern):
+            fix = 'Write fxrpg.Rule("layer1.*", "dense").'
+            raise FxrpgError(
+                f"Rule({self.pattern!r}, ...)", "the pattern must be a string or a function", "neither", fix
             )
         if isinstance(self.pattern, str) and self.pattern.startswith("re:"):
             try:
@@ -144,6 +150,8 @@ def candidates(model: nn.Module, roles: Mapping[str, Role]) -> list[Candidate]:
                 continue
             name = f"{prefix}.{attribute}" if prefix else attribute
             role = role_of(holders.get(id(module), module), attribute, tuple(parameter.shape)) or roles.get(name)
+            if isinstance(module, fx.GraphModule) and module is not model:
+                role = Refusal("held by a graph module inside the model: transform that by itself")
             layers = (place,) if isinstance(role, Role) and role.kind in LAYER_KINDS else ()
             old = found.get(id(parameter), Candidate((), parameter, None, ()))
             found[id(parameter)] = Candidate((*old.names, name), parameter, old.role or role, old.layers + layers)
@@ -156,7 +164,7 @@ def choose(
     """The candidates to generate, each with its role, and for all others (by name) the reason why not.
 
     Raises:
-        FxrpgError: a rule that matches nothing, or that would generate nothing it matches; a plan without any weight.
+        FxrpgError: a rule that matches nothing, comes too late, or would generate nothing it matches; an empty plan.
     """
     layers = [place for candidate in found for place in candidate.layers]
     ends = {min(layers), max(layers)} if layers and generator.keeps_ends else set()
@@ -218,6 +226,13 @@ def _check_rule(rule: Rule, matched: bool, outcomes: list[Role | str]) -> None:
             "none that does",
             "Compare it with named_parameters().",
         )
+    if not outcomes:
+        raise FxrpgError(
+            f"plan rule {rule}",
+            "must decide about a parameter",
+            "that earlier rules match all of its own first",
+            "Put it before them: the first rule that matches counts.",
+        )
     refused = [outcome for outcome in outcomes if isinstance(outcome, str)]
     if rule.action == GENERATE and refused and len(refused) == len(outcomes):
         raise FxrpgError(
@@ -233,7 +248,7 @@ def _most_common(reasons: Iterable[str]) -> str:
     for reason in reasons:
         counts[reason] = counts.get(reason, 0) + 1
     return (
-        "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items(), key=lambda item: -item[1])[:3])
+        "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items(), key=lambda item: -item[1]))
         or "no parameter"
     )
 

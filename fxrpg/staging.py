@@ -81,10 +81,10 @@ class _Staged:
         self.op_backward = getattr(torch.ops.fxrpg, f"{dense.name}_backward").default
 
     def forward(self, *args: Any) -> Tensor:
-        return self._run(args, generate_weight)
+        return _own_tensor(self._run(args, generate_weight))
 
     def forward_fake(self, *args: Any) -> Tensor:
-        return self._run(args, _empty_weight)
+        return _own_tensor(self._run(args, _empty_weight))
 
     def plain(self, *args: Any) -> Tensor:
         return self._run(args, plain_weight)
@@ -137,6 +137,8 @@ class _Staged:
         def produce(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype) -> Tensor:
             return torch.ops.fxrpg.generate.default(state, scale, text).to(dtype)
 
+        # Fresh aliases end the differentiation here: an input may itself have come from the state.
+        args = [t.view_as(t) if need else t for t, need in zip(args, needed, strict=False)] + list(args[len(needed) :])
         wanted = [t for t, need in zip(args, needed, strict=False) if need]
         out = self._run(args, produce)
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
@@ -183,6 +185,11 @@ def _compute_dtype(xs: tuple[Tensor, ...], state: Tensor) -> torch.dtype:
 def _autocast_to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Autocast's own rule: floating tensors except float64 are cast."""
     return x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _own_tensor(out: Tensor) -> Tensor:
+    """An op's result must not be a view (torch makes some by squeezing a batch): views of a Function refuse in-place ops."""
+    return torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
 
 
 def _empty_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype) -> Tensor:

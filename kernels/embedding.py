@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxrpg.lowering import Generated, NotLowered, compiles, lowers
+from fxrpg.errors import FxrpgError
+from fxrpg.lowering import Generated, compiles, lowers
 from fxrpg.roles import embedding_role
 from fxrpg.staging import DenseOp, define_staged_op
 
@@ -49,7 +50,8 @@ def embedding(
     sparse: bool = False,
 ) -> Any:
     if max_norm is not None:
-        raise NotLowered("max_norm rewrites the table in place")
+        fix = "Leave the table dense with a Rule."
+        raise FxrpgError("embedding", "a generated table is read-only", "max_norm, which rewrites it in place", fix)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     # A sparse gradient of the table has no use: the state's is dense.

@@ -79,6 +79,6 @@ def addmm(input: Any, mat1: Any, weight: Generated, *, beta: float = 1, alpha: f
     return torch.ops.fxrpg.linear.default(mat1, input, *weight[:3], not weight.transposed)
 
 
-@compiles(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+@compiles(nn.Linear)
 def linear_layer(layer: nn.Linear, weight: Generated, input: Tensor) -> Tensor:
     return linear(input, weight, layer.bias)

@@ -73,7 +73,7 @@ def _lower_call(graph: fx.Graph, call: fx.Node, weight: fx.Node, generated: Gene
     proxies: Any = lambda n: proxied if n is weight else fx.Proxy(n, tracer)  # noqa: E731
     args, kwargs = fx.node.map_arg((call.args, call.kwargs), proxies)
     with graph.inserting_before(call):
-        lowered = rule.call(*args, **kwargs).node
+        lowered = rule.call(*args, **rule.arguments(kwargs)).node
     lowered.meta = {**call.meta, OP: op_name(call)}
     call.replace_all_uses_with(lowered)
     graph.erase_node(call)

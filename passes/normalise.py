@@ -18,7 +18,7 @@ from fxrpg.plan import Plan
 def normalise(plan: Plan) -> Callable[[fx.GraphModule], PassResult]:
     """The pass that replaces each call of a stock conv, linear, embedding or bilinear layer by its functional form.
 
-    Only layers with a planned weight; one with hooks stays a call, because its hooks must fire. Idempotent.
+    Only layers with a planned weight; one with hooks, or a forward of its own, stays a call. Idempotent.
     """
     owners = {alias.rpartition(".")[0] for aliases in plan.names.values() for alias in aliases}
 
@@ -38,7 +38,10 @@ def normalise(plan: Plan) -> Callable[[fx.GraphModule], PassResult]:
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
+    patched = "forward" in vars(layer)
+    return patched or any(
+        (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    )
 
 
 def _body(layer: nn.Module, call: fx.Node) -> fx.Graph | None:

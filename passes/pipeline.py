@@ -6,7 +6,7 @@ import torch.fx as fx
 from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
-from fxrpg.handle import Trace, handle_of
+from fxrpg.handle import handle_of
 from fxrpg.passes.lower import OP, REASONS, lower, rule_for, transposes_matrix
 from fxrpg.passes.normalise import normalise
 from fxrpg.passes.parametrize import parametrize
@@ -14,6 +14,7 @@ from fxrpg.passes.strip import strip
 from fxrpg.plan import Plan
 from fxrpg.roles import Role
 from fxrpg.staging import DENSE_OPS
+from fxrpg.trace import Trace
 
 
 def graph_roles(gm: fx.GraphModule) -> dict[str, Role]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch.fx as fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxrpg.handle import Trace
 from fxrpg.owner import own
 from fxrpg.plan import Plan
+from fxrpg.trace import Trace
 
 
 def strip(plan: Plan, trace: Trace) -> Callable[[fx.GraphModule], PassResult]:

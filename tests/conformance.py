@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxrpg.generator import Generator, View
 from fxrpg.generators.ring import Ring
-from fxrpg.lowering import LOWERINGS, Generated
+from fxrpg.lowering import LOWERINGS, Generated, encode_scales
 
 GENERATORS: dict[str, list[Generator]] = {
     "ring": [
@@ -135,7 +135,7 @@ def generated(
         generator=generator, seed=seed, tensor=1, shape=shape, order=order, offset=offset, total=offset + 2 * extent
     )
     state = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    scale = torch.tensor([9.0, 0.75, 9.0], dtype=torch.float32).view(torch.int32)
+    scale = encode_scales(torch.tensor([9.0, 0.75, 9.0]))
     return Generated.of(state.requires_grad_(), scale, view.text)
 
 

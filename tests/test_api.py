@@ -107,6 +107,10 @@ def test_bad_dof(net, dof):
             r"plan: at least one weight must be generated, found none of 9 parameters",
         ),
         ({"plan": ["*"]}, r"plan: must hold fxrpg.Rule objects"),
+        (
+            {"plan": [*EVERYTHING, fxrpg.Rule("fc.*", "dense")]},
+            r"plan rule fc.\* -> dense: must decide about a parameter",
+        ),
     ],
 )
 def test_bad_arguments(net, arguments, message):
@@ -117,6 +121,8 @@ def test_bad_arguments(net, arguments, message):
 def test_bad_rules():
     with pytest.raises(fxrpg.FxrpgError, match="the action must be 'generate' or 'dense'"):
         fxrpg.Rule("*", "drop")
+    with pytest.raises(fxrpg.FxrpgError, match="must be a string or a function"):
+        fxrpg.Rule(3, "dense")
     with pytest.raises(fxrpg.FxrpgError, match="needs a regular expression"):
         fxrpg.Rule("re:(", "dense")
 
@@ -124,7 +130,15 @@ def test_bad_rules():
 def test_bad_models(net):
     with pytest.raises(fxrpg.FxrpgError, match="must be a torch.nn.Module"):
         fxrpg.transform(lambda x: x, dof=1)
+    with pytest.raises(fxrpg.FxrpgError, match="Transform first, then compile"):
+        fxrpg.transform(torch.compile(net), dof=10)
+    with pytest.raises(fxrpg.FxrpgError, match=r"weight: .* when the model runs, found torch.fx"):
+        fx.symbolic_trace(fxrpg.transform(nn.Linear(2, 3), dof=2, plan=EVERYTHING))
     small = fxrpg.transform(net, dof=10)
+    with pytest.raises(fxrpg.FxrpgError, match="given to torch.compile"):
+        fxrpg.ledger(torch.compile(small))
+    with pytest.raises(fxrpg.FxrpgError, match="found no module"):
+        fxrpg.ledger("model.safetensors")
     for again in (small, nn.Sequential(small), nn.Sequential(small.fc)):
         with pytest.raises(fxrpg.FxrpgError, match="must not be transformed yet"):
             fxrpg.transform(again, dof=10)
@@ -279,9 +293,14 @@ def test_casts_leave_the_scales_alone(net):
     small = fxrpg.transform(net, dof=50)
     scales = small.fxrpg_scale.clone()
     out = small(X)
-    for cast in (lambda m: m.half().float(), lambda m: m.bfloat16(), lambda m: m.double()):
+    for cast in (
+        lambda m: m.half().float(),
+        lambda m: m.bfloat16(),
+        lambda m: m.double(),
+        lambda m: m.type(torch.float32),
+    ):
         other = cast(copy.deepcopy(small))
-        assert torch.equal(other.fxrpg_scale, scales)
+        assert torch.equal(other.fxrpg_scale.float(), scales)
         torch.testing.assert_close(other(X.to(other.fxrpg_ring.dtype)).float(), out, rtol=0.1, atol=0.1)
 
 
@@ -368,7 +387,7 @@ def test_ledger_accounts_for_every_number(net):
     assert ledger.buffers == sum(b.numel() for b in net.buffers())
     assert ledger.scales == 2
     assert ledger.mask_bits == 0
-    stored = sum(t.numel() for t in small.state_dict().values()) - small.fxrpg_digest.numel()
+    stored = sum(t.numel() for n, t in small.state_dict().items() if n not in ("fxrpg_scale", "fxrpg_digest")) + 2
     assert ledger.dof + ledger.dense + ledger.buffers + ledger.scales == stored
     assert f"{ledger.generated:,}" in str(ledger)
 

@@ -115,6 +115,18 @@ def test_a_rewritten_graph_compiles():
     torch.testing.assert_close(compiled_grads, grads)
 
 
+def test_graph_breaks():
+    """A recurrent layer breaks the graph: what runs between the pieces reads handles, and Dynamo lets them be."""
+    torch.manual_seed(0)
+    small = fxrpg.transform(nn.LSTM(8, 16), dof=100, plan=[fxrpg.Rule("*", "generate")])
+    x = torch.randn(5, 2, 8)
+    out, grads = gradients(small, lambda x: small(x)[0], x)
+    compiled = torch.compile(small, backend="aot_eager")
+    compiled_out, compiled_grads = gradients(small, lambda x: compiled(x)[0], x)
+    torch.testing.assert_close(compiled_out, out)
+    torch.testing.assert_close(compiled_grads, grads)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict):
     torch.manual_seed(0)

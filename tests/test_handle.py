@@ -118,24 +118,6 @@ def _assign(target, value):
     return target
 
 
-@pytest.mark.parametrize("name", CONSUMERS)
-def test_consumers_agree_with_the_dense_model(name):
-    consume = CONSUMERS[name]
-    small = small_linear().double()
-    dense = fxrpg.materialize(small)
-    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    x_dense = x.detach().clone().requires_grad_()
-    out, expected = consume(x, small.weight), consume(x_dense, dense.weight)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
-    (expected * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
-    view = small._fxrpg_plan.views["weight"]
-    wanted = torch.ops.fxrpg.accumulate(dense.weight.grad, small.fxrpg_ring.detach(), small.fxrpg_scale, view.text)
-    torch.testing.assert_close(small.fxrpg_ring.grad, wanted, rtol=1e-10, atol=1e-10)
-    if x_dense.grad is not None:
-        torch.testing.assert_close(x.grad, x_dense.grad, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize(
     ("name", "path", "reason"),
     [
@@ -209,7 +191,7 @@ def test_writes_are_refused(write):
     with torch.no_grad(), pytest.raises(fxrpg.FxrpgError, match="weight: a generated weight is read-only"):
         write(small.weight)
     assert torch.equal(small.fxrpg_ring, before)
-    with pytest.raises(KeyError):
+    with pytest.raises(fxrpg.FxrpgError, match=r"weight: a generated weight is read-only.*replace"):
         small.weight = nn.Parameter(torch.zeros(6, 4))
 
 
@@ -250,13 +232,69 @@ def test_a_step_between_forward_and_backward_is_an_error():
 
 
 def test_below_function_dispatch():
-    small, x = small_linear(), torch.randn(3, 4)
-    weight = small.weight
+    """Past torch's function dispatch the handle is an ordinary differentiable tensor that generates when it is needed."""
+    small, x = small_linear().double(), torch.randn(3, 4, dtype=torch.float64)
+    small(x).square().sum().backward()
+    expected, weight = small.fxrpg_ring.grad.clone(), small.weight
+    small.zero_grad()
     with torch._C.DisableTorchFunctionSubclass():
-        with torch.no_grad():
-            torch.testing.assert_close(F.linear(x, weight), x @ fxrpg.materialize(small).weight.t())
-        with pytest.raises(fxrpg.FxrpgError, match="lose the gradient"):
-            F.linear(x, weight)
+        F.linear(x, weight, small.bias).square().sum().backward()
+    torch.testing.assert_close(small.fxrpg_ring.grad, expected)
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator, as quantisation-aware training writes it."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return torch.round(weight * 8) / 8
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+CONSUMERS |= {
+    "straight-through": lambda x, w: F.linear(x, Rounded.apply(w)),
+    "own-function": lambda x, w: Product.apply(x, w),
+    "own-function-rearranged": lambda x, w: Product.apply(x, w.t().reshape(6, 4).to(x.dtype)),
+    "matmul-keyword": lambda x, w: torch.matmul(x, other=w.t()),
+    "mm-keyword": lambda x, w: torch.mm(x, mat2=w.t()),
+    "mm-out": lambda x, w: torch.mm(x.detach(), w.detach().t(), out=torch.empty(3, 6, dtype=x.dtype)) + w.sum(),
+    "gram": lambda x, w: w @ w.t() - torch.eye(6, dtype=x.dtype),
+    "returned-input": lambda x, w: x @ F.dropout(w, 0.3, training=False).type(x.dtype).cpu().t(),
+    "inplace-after": lambda x, w: F.linear(x.unsqueeze(0), w, torch.ones(6, dtype=x.dtype)).relu_(),
+}
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_consumers_agree_with_the_dense_model(name):
+    consume = CONSUMERS[name]
+    small = small_linear().double()
+    dense = fxrpg.materialize(small)
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    x_dense = x.detach().clone().requires_grad_()
+    out, expected = consume(x, small.weight), consume(x_dense, dense.weight)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    (expected * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    view = small._fxrpg_plan.views["weight"]
+    wanted = torch.ops.fxrpg.accumulate(dense.weight.grad, small.fxrpg_ring.detach(), small.fxrpg_scale, view.text)
+    torch.testing.assert_close(small.fxrpg_ring.grad, wanted, rtol=1e-10, atol=1e-10)
+    if x_dense.grad is not None:
+        torch.testing.assert_close(x.grad, x_dense.grad, rtol=1e-10, atol=1e-10)
 
 
 def test_functional_call_and_grad_transform():
@@ -378,3 +416,87 @@ def test_frozen_state_and_inference_mode():
     with torch.inference_mode():
         small(x)
         torch.einsum("bi,oi->bo", x, small.weight)
+
+
+def test_double_backward_through_several_layers():
+    """The second derivative of a deep model, whose inner inputs themselves come from the ring."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)]
+    small = fxrpg.transform(nn.Sequential(*layers), dof=12, plan=EVERYTHING).double()
+    x, ring = torch.randn(5, 3, dtype=torch.float64), small.fxrpg_ring
+
+    def loss(ring):
+        return torch.func.functional_call(small, {"fxrpg_ring": ring}, (x,)).square().sum()
+
+    (plain,) = torch.autograd.grad(loss(ring), ring)
+    (once,) = torch.autograd.grad(loss(ring), ring, create_graph=True)
+    torch.testing.assert_close(once, plain)
+    vector = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    (product,) = torch.autograd.grad(once @ vector, ring)
+    hessian = torch.func.hessian(loss)(ring.detach())
+    torch.testing.assert_close(product, hessian @ vector)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(3, 4, 2), (2, 3, 5)),
+        (nn.Conv1d(3, 4, 2), (3, 5)),
+        (nn.Conv2d(3, 4, 2), (3, 5, 5)),
+        (nn.ConvTranspose1d(3, 4, 2), (2, 3, 5)),
+        (nn.Linear(5, 4), (2, 3, 5)),
+        (nn.Linear(5, 4), (5,)),
+    ],
+)
+def test_in_place_ops_may_follow(layer, shape):
+    small = fxrpg.transform(nn.Sequential(layer, nn.ReLU(inplace=True)), dof=5, plan=EVERYTHING)
+    x = torch.randn(shape)
+    torch.testing.assert_close(small(x), fxrpg.materialize(small)(x))
+    small(x).sum().backward()
+
+
+def test_references_kept_elsewhere_are_an_error():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.kept = [self.layer.weight]
+
+        def forward(self, x):
+            return F.linear(x, self.kept[0])
+
+    small = fxrpg.transform(Keeps(), dof=3, plan=EVERYTHING)
+    with pytest.raises(fxrpg.FxrpgError, match="must be read from the module that owns it"):
+        small(torch.randn(2, 4))
+
+
+def test_old_style_weight_norm():
+    """It keeps a computed, differentiable tensor as a plain attribute, which torch's deepcopy refuses."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 6)
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(layer)
+    x = torch.randn(3, 4)
+    layer(x)
+    small = fxrpg.transform(layer, dof=9, plan=EVERYTHING)
+    small(x).sum().backward()
+    torch.testing.assert_close(fxrpg.materialize(small)(x), small(x))
+
+
+def test_symbolic_trace_of_a_transformed_model():
+    small = fxrpg.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), dof=5, plan=EVERYTHING)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(torch.fx.symbolic_trace(small)(x), small(x))
+
+
+def test_averages_of_equal_models_keep_scales_and_digest():
+    small = small_linear()
+    average = torch.optim.swa_utils.AveragedModel(
+        small, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999), use_buffers=True
+    )
+    for _ in range(200):
+        average.update_parameters(small)
+    soup = {name: (value + small.state_dict()[name]) / 2 for name, value in average.module.state_dict().items()}
+    small.load_state_dict(soup)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(average.module(x), small(x))

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STOREYS = {
-    "errors": 0, "hashing": 0, "device": 0, "version": 0,
-    "generator": 1, "roles": 1,
+    "errors": 0, "functions": 0, "hashing": 0, "device": 0, "version": 0,
+    "generator": 1, "roles": 1, "trace": 1,
     "plan": 2, "lowering": 2, "staging": 2,
     "handle": 3, "owner": 3, "generators": 3,
     "kernels": 4,
@@ -69,7 +69,7 @@ def test_kernels_and_passes_are_the_folders_at_the_root():
 def test_files_and_functions_stay_small():
     """A file of over 300 lines, or a function of over 45, needs a reason; here are those that have one."""
     reasons = {
-        "fxrpg/handle.py": "the table of torch functions that are free, lazy or refused",
+        "fxrpg/handle.py": "the handle and the two ways of consuming it call one another",
         "fxrpg/cli.py": "its parser is a table",
         "fxrpg/demo.py": "a program: model, training, table and picture",
     }

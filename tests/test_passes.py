@@ -13,12 +13,14 @@ from torch import nn
 
 import fxrpg
 from fxrpg.assemble import assemble, plan_of
-from fxrpg.handle import Trace, handle_of
+from fxrpg.handle import handle_of
+from fxrpg.lowering import encode_scales
 from fxrpg.owner import SCALE
 from fxrpg.passes.lower import lower
 from fxrpg.passes.normalise import normalise
 from fxrpg.passes.parametrize import parametrize
 from fxrpg.passes.strip import strip
+from fxrpg.trace import Trace
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
 
@@ -41,7 +43,7 @@ def parametrized() -> tuple[fx.GraphModule, object]:
     gm = fx.symbolic_trace(Net())
     plan = plan_of(fxrpg.transform(gm, dof=12, plan=EVERYTHING))
     gm.register_parameter("fxrpg_ring", nn.Parameter(torch.randn(12)))
-    gm.register_buffer(SCALE, torch.ones(2).view(torch.int32))
+    gm.register_buffer(SCALE, encode_scales(torch.ones(2)))
     return gm, plan
 
 

@@ -43,8 +43,10 @@ class Products(Linears):
                 x = torch.einsum("bi,oi->bo", x, weight)
             elif i % 3 == 1:
                 x = x @ weight.view(-1).unflatten(0, (WIDTH, -1)).t()[:, :WIDTH] if i > 6 else torch.mm(x, weight.t())
-            else:
+            elif i % 2:
                 x = torch.inner(x, weight)
+            else:
+                x = torch.inner(x, nn.functional.dropout(weight, 0.5, training=False))
             x = torch.relu(x)
         return x
 
@@ -109,7 +111,7 @@ def test_no_generated_storage_outlives_its_layer(model, way, monkeypatch):
     with births(monkeypatch) as born:
         with CountAlive(born) as count:
             out = small(x)
-        assert len(born) == DEPTH
+        assert len(born) >= DEPTH  # an op that turns out to return its input is run to find that out
         assert alive(born) == 0, "saved for backward"
         # staged: none is alive when another op starts; materialized: the one that the op is about to consume
         assert count.most <= (1 if model == "product" else 0)

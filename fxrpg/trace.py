@@ -1,0 +1,34 @@
+"""What becomes of generated weights when ops consume them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fxrpg.errors import FxrpgError
+
+
+class Use(NamedTuple):
+    """How an op last consumed a generated weight."""
+
+    way: str
+    path: str
+    reason: str
+
+
+class Trace:
+    """What becomes of a model's generated weights: name -> consuming op -> its last use."""
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self.seen: dict[str, dict[str, Use]] = {}
+
+    def note(self, name: str, path: str, op: str, reason: str = "", way: str = "handle") -> None:
+        """Record one consumption. In strict mode a weight that was not lowered raises."""
+        self.seen.setdefault(name, {})[op] = Use(way, path, reason)
+        if self.strict and path == "materialized":
+            raise FxrpgError(
+                name,
+                f"{op} needs a lowering to consume a generated weight (strict=True)",
+                reason,
+                f'Transform with strict=False to materialize it, or leave it dense with Rule("{name}", "dense").',
+            )
