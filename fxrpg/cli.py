@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FxrpgError, OSError) as e:
         print(f"fxrpg {arguments.command}: {_one_line(str(e))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"fxrpg {arguments.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -69,8 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", type=Path, default=Path("fxrpg-demo"), help="folder for files and plot (default: %(default)s)"
     )
-    command.add_argument("--epochs", type=int, help="passes over the training images, for each model")
-    command.add_argument("--seeds", type=int, help="runs of each size")
+    command.add_argument(
+        "--epochs", type=int, default=demo.Demo.epochs, help="passes over the training images (default: %(default)s)"
+    )
+    command.add_argument("--seeds", type=int, default=demo.Demo.seeds, help="runs of each size (default: %(default)s)")
 
     example = "fxrpg explain torchvision.models:resnet18 --dof 0.1"
     command = _command(commands, "explain", _explain, "what would be generated, and how", example)
@@ -78,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_transform(command)
 
     command = _command(commands, "info", _info, "what a packed file holds", "fxrpg info resnet18.safetensors")
-    command.add_argument("file", type=Path)
+    command.add_argument("file", type=Path, help="a packed file")
 
     example = "fxrpg pack my_models:build --dof 2359296 --weights trained.pt --out packed.safetensors"
     command = _command(commands, "pack", _pack, "transform a model and write its file", example)
@@ -94,15 +99,15 @@ def _parser() -> argparse.ArgumentParser:
 
     example = "fxrpg unpack packed.safetensors --out dense.safetensors"
     command = _command(commands, "unpack", _unpack, "write the full weights of a packed file", example)
-    command.add_argument("file", type=Path)
+    command.add_argument("file", type=Path, help="a packed file")
     command.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
-    command.add_argument("--seed", type=int, help="where the file withholds it")
+    command.add_argument("--seed", type=int, help="the seed, if the file withholds it")
 
     command = _command(
         commands, "verify", _verify, "check every byte of a packed file", "fxrpg verify packed.safetensors"
     )
-    command.add_argument("file", type=Path)
-    command.add_argument("--seed", type=int, help="where the file withholds it")
+    command.add_argument("file", type=Path, help="a packed file")
+    command.add_argument("--seed", type=int, help="the seed, if the file withholds it")
     command.add_argument("--model", help="also load the file into this model (package.module:callable)")
     return parser
 
@@ -131,7 +136,7 @@ def _add_transform(command: argparse.ArgumentParser) -> None:
         default=[],
         type=_rule,
         metavar="PATTERN=ACTION",
-        help='such as "fc.*=dense"; first match counts',
+        help='"generate" or "dense" for parameters by name, such as "fc.*=dense"; may be repeated, the first match counts',
     )
 
 
@@ -182,8 +187,7 @@ def _transform(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    given = {name: getattr(arguments, name) for name in ("epochs", "seeds") if getattr(arguments, name) is not None}
-    demo.run(demo.Demo(out=arguments.out, **given))
+    demo.run(demo.Demo(out=arguments.out, epochs=arguments.epochs, seeds=arguments.seeds))
 
 
 def _explain(arguments: argparse.Namespace) -> None:
@@ -242,7 +246,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         print(f"projected {arguments.weights}: {fitted}; train before use")
     checkpoint.save(small, arguments.out, withhold_seed=arguments.withhold_seed)
     print(ledger(small))
-    print(f"wrote {arguments.out}")
+    print(f"wrote {arguments.out}" + ("" if weights else ", the model as it was initialised (no --weights)"))
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -297,4 +301,5 @@ def _verify(arguments: argparse.Namespace) -> None:
     contents.plan(arguments.file, arguments.seed)
     if arguments.model:
         checkpoint.load(build(arguments.model), arguments.file, seed=arguments.seed)
-    print(f"{arguments.file}: every byte verified, the random functions draw as they did when it was written")
+    loaded = f", and it loads into {arguments.model}" if arguments.model else ""
+    print(f"{arguments.file}: every byte verified, the random functions draw as they did when it was written{loaded}")

@@ -283,7 +283,9 @@ def _extra(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as e:
         must = f"the module {name!r} must be importable"
-        raise FxrpgError("fxrpg demo", must, str(e), "Install the extra: pip install 'fxrpg[demo]'.") from None
+        raise FxrpgError(
+            "demo", must, str(e), "Install scikit-learn and matplotlib: pip install 'fxrpg[demo]'."
+        ) from None
 
 
 @contextmanager
@@ -315,8 +317,8 @@ def _draw(figure_module: Any, found: Sequence[Summary], law: PowerLaw, path: Pat
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlabel="degrees of freedom of the ring (weights / DoF)")
     axes.set(ylabel="test error", title=f"Handwritten digits: a ResNet with {weights:,} generated weights")
-    axes.axhspan(low[0], high[0], color="gray", alpha=0.2, linewidth=0)
     axes.axhline(error[0], color="gray", label=f"dense, {dense.trainable:,} parameters: {error[0]:.1f}%")
+    axes.axhspan(low[0], high[0], color="gray", alpha=0.2, linewidth=0, label="its standard deviation")
     label = "ring, mean and standard deviation over seeds"
     axes.errorbar(dofs, error[1:], [down[1:], up[1:]], fmt="o", capsize=4, label=label)
     label = f"power law, error = {law.a:.0f}% $\\cdot$ DoF$^{{{-law.b:.2f}}}$"

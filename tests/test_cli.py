@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -163,7 +163,8 @@ def test_help_and_version(capsys):
 
 def test_demo(run, folder, monkeypatch):
     sizes = {"dofs": (64, 256), "batch": 50, "train": 100, "test": 20}
-    monkeypatch.setattr(demo, "Demo", functools.partial(demo.Demo, **sizes))
+    whole = demo.run
+    monkeypatch.setattr(demo, "run", lambda settings: whole(dataclasses.replace(settings, **sizes)))
     out = run("demo", "--out", "new/results", "--epochs", 1, "--seeds", 1)
     assert "2 of 2 packed files loaded back" in out
     assert (folder / "new" / "results" / "ring-64-seed0.safetensors").exists()
