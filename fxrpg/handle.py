@@ -177,8 +177,7 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, state: Tensor, scale: Tensor, view: str, chain: tuple[Step, ...], handle: Handle) -> Handle:
         ctx.save_for_backward(state, scale)
         ctx.view, ctx.chain = view, chain
-        size, stride, dtype = handle._geometry()
-        like = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        like = _meta_like(handle)
         attached = Handle(handle.generated, handle.weight_name, handle.weight_trace, chain, like, handle.aliasing)
         attached.differentiable = True
         return attached

@@ -377,14 +377,15 @@ def test_unusual_owners(training):
     assert {row.path for row in fxrpg.explain(small).rows if row.status == "generated"} == {"staged", "materialized"}
 
 
-def test_gradients_of_gradients():
+@pytest.mark.parametrize("name", ["linear", "einsum", "slice", "own-function", "twice"])
+def test_gradients_of_gradients(name):
     small = small_linear().double()
     dense = fxrpg.materialize(small)
     x = torch.randn(3, 4, dtype=torch.float64)
     penalties = []
     for model in (small, dense):
         z = x.clone().requires_grad_()
-        (dz,) = torch.autograd.grad(model(z).pow(3).sum(), z, create_graph=True)
+        (dz,) = torch.autograd.grad(CONSUMERS[name](z, model.weight).pow(3).sum(), z, create_graph=True)
         dz.square().sum().backward()
         penalties.append(dz.detach())
     torch.testing.assert_close(*penalties)
