@@ -59,6 +59,21 @@ except fxrpg.FxrpgError as e: print(e)
     assert "pip install triton" in out
 
 
+def test_quiet_when_used():
+    """Nothing is printed or logged by transforming and running a model."""
+    code = """
+import sys, torch, fxrpg
+model = fxrpg.transform(torch.nn.Linear(3, 5), dof=4, plan=[fxrpg.Rule("*", "generate")])
+model(torch.randn(2, 3)).sum().backward()
+torch.einsum("bi,oi->bo", torch.randn(2, 3), model.weight)
+fxrpg.materialize(fxrpg.fit(model, fxrpg.materialize(model)).model)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_import_loads_nothing_heavy():
     code = """
 import sys, torch
