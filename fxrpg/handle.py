@@ -20,7 +20,7 @@ from torch import Tensor
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import GRAD, IS_LEAF, METADATA, RECORD, REQUIRES_GRAD, Step, rearrangement, writes
 from fxrpg.generator import View
-from fxrpg.lowering import LOWERINGS, Generated, NotLowered, current_mode, generate_weight
+from fxrpg.lowering import LOWERINGS, Generated, NotLowered, current_mode, generate_weight, transforming
 from fxrpg.trace import Trace
 
 
@@ -115,7 +115,7 @@ class Handle(Tensor):
 
         Ops that meet it there never look at this record: they generate from the state, which has its own.
         """
-        if not (self.differentiable and torch.is_grad_enabled()) or torch._C._are_functorch_transforms_active():
+        if not (self.differentiable and torch.is_grad_enabled()) or transforming():
             return self
         state, scale, view = self.generated[:3]
         handle = _Attach.apply(state, scale, view, self.chain, self)
@@ -124,7 +124,8 @@ class Handle(Tensor):
     def produce(self) -> Tensor:
         """The weight itself, on autograd's record, with the chain replayed."""
         weight = _replay(torch.ops.fxrpg.generate.default(*self.generated[:3]), self.chain)
-        return weight if self.differentiable else weight.detach()  # the chain may have been made without gradients
+        # a chain that was made without gradients leads none back
+        return weight.detach() if self.generated.state.requires_grad and not self.differentiable else weight
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         size, _stride, dtype = self._geometry()
@@ -249,7 +250,7 @@ def _materialized(func: Any, args: Any, kwargs: dict[str, Any], handles: list[Ha
     """Run `func` on the full weights; what autograd saves of them is a recipe, and backward generates again."""
     weights = {id(handle): handle.produce() for handle in handles}
     full_args, full_kwargs = _replace_handles((args, kwargs), lambda h: weights[id(h)])
-    if torch._C._are_functorch_transforms_active():
+    if transforming():
         return func(*full_args, **full_kwargs)
     hooks = _Recipes({_storage(weights[id(handle)]): handle for handle in handles})
     if not torch.is_grad_enabled():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fxrpg.device import require_triton
 from fxrpg.errors import FxrpgError
@@ -53,6 +54,11 @@ def lowering_mode(mode: str) -> Iterator[None]:
 def current_mode() -> str:
     """The mode that `lowering_mode` has set here; "auto" outside."""
     return _mode.get()
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way: both follow plain torch ops only."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Generated(NamedTuple):

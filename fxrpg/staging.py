@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxrpg.generator import View
-from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight
+from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight, transforming
 
 LIBRARY = torch.library.Library("fxrpg", "DEF")
 
@@ -160,7 +160,7 @@ def autograd_kernel(
     Args:
         save: (ctx, inputs, output), keeps what backward needs.
         differentiate: (ctx, grad) -> one gradient or None for each input.
-        plain: the op written in plain torch, for torch.func (which cannot enter an autograd.Function from here).
+        plain: the op written in plain torch, for transforms that cannot enter an autograd.Function here.
     """
 
     def forward(*args: Any) -> Any:
@@ -172,7 +172,7 @@ def autograd_kernel(
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
 
     def kernel(*args: Any) -> Any:
-        return plain(*args) if torch._C._are_functorch_transforms_active() else function.apply(*args)
+        return plain(*args) if transforming() else function.apply(*args)
 
     return kernel
 

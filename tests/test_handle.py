@@ -305,6 +305,31 @@ def test_functional_call_and_grad_transform():
     torch.testing.assert_close(grads["fxrpg_ring"], small.fxrpg_ring.grad)
 
 
+@pytest.mark.parametrize("name", ["linear", "einsum", "slice"])
+def test_forward_mode(name):
+    small, x = small_linear().double(), torch.randn(3, 4, dtype=torch.float64)
+    ring = small.fxrpg_ring.detach()
+    tangent = torch.linspace(-1, 1, len(ring), dtype=torch.float64)
+
+    def out(ring):
+        return torch.func.functional_call(Consuming(small, CONSUMERS[name]), {"layer.fxrpg_ring": ring}, (x,))
+
+    _, expected = torch.func.jvp(out, (ring,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        found = torch.autograd.forward_ad.unpack_dual(out(torch.autograd.forward_ad.make_dual(ring, tangent))).tangent
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(expected, torch.func.jacrev(out)(ring) @ tangent)
+
+
+class Consuming(nn.Module):
+    def __init__(self, layer, consume):
+        super().__init__()
+        self.layer, self.consume = layer, consume
+
+    def forward(self, x):
+        return self.consume(x, self.layer.weight)
+
+
 def test_threads_and_exceptions():
     small, x = small_linear(), torch.randn(3, 4)
     expected, found = small(x).detach(), []
