@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import METADATA, REQUIRES_GRAD
+from fxrpg.generator import View
 from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import DIGEST, PLAN, SCALE, TRACE, disown, encode_digest, link_of, own, unwatch_loading, watch_loading
 from fxrpg.passes.graph_module import adopt, release
@@ -35,6 +36,15 @@ def plan_of(model: nn.Module) -> Plan:
 def trace_of(model: nn.Module) -> Trace:
     """What became of the model's weights when they were last consumed."""
     return model.__dict__[TRACE]
+
+
+def views_in(model: nn.Module) -> dict[str, View]:
+    """name -> view of the weights that a transformed `model` still has: surgery may have taken owners out."""
+    plan = plan_of(model)
+    if isinstance(model, fx.GraphModule):
+        return plan.views
+    owned = {name for module in model.modules() if (link := link_of(module)) for name, *_view in link.weights.values()}
+    return {name: view for name, view in plan.views.items() if name in owned}
 
 
 def check_untransformed(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from math import prod
 from tabulate import tabulate
 from torch import nn
 
-from fxrpg.assemble import plan_of, trace_of
+from fxrpg.assemble import plan_of, trace_of, views_in
 from fxrpg.owner import link_of, plain_class, stock_layer
 from fxrpg.trace import Use
 
@@ -71,7 +71,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     plan = plan_of(model)
     uses = {name: {op: use} for name, op, use in _predicted(model)} | trace_of(model).seen
-    generated = [_row(name, view.shape, uses.get(name, {})) for name, view in plan.views.items()]
+    generated = [_row(name, view.shape, uses.get(name, {})) for name, view in views_in(model).items()]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     dense = [
         Row(name=name, shape=shapes[name], status="dense", reason=reason)

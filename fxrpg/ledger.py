@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import nn
 
-from fxrpg.assemble import plan_of
+from fxrpg.assemble import plan_of, views_in
 from fxrpg.checkpoint import file_size
 from fxrpg.owner import DIGEST, SCALE
 
@@ -26,7 +26,7 @@ class Ledger:
         scales: fixed numbers, one a weight tensor.
         buffers: numbers in the model's own persistent buffers.
         padding: positions of the ring's address space that no weight fills (the ends of last blocks).
-        bytes_stored: size of the file that `fxrpg.save` writes.
+        bytes_stored: size of the file that `fxrpg.save` writes (on the meta device without the digits of unknown scales).
         bytes_resident: bytes of all parameters and buffers in memory.
     """
 
@@ -78,7 +78,7 @@ def ledger(model: nn.Module) -> Ledger:
     resident = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return Ledger(
         dof=plan.size,
-        generated=plan.generated,
+        generated=sum(view.count for view in views_in(model).values()),
         dense=dense,
         trainable=plan.size + dense - frozen,
         frozen=frozen,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fxrpg.errors import FxrpgError
@@ -131,7 +131,7 @@ def read(owner: nn.Module, attribute: str) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.fxrpg.generate.default(generated.state, generated.scale, generated.view)
     link: Any = owner._fxrpg_link
-    if is_fx_symbolic_tracing() and get_proxy_mode() is None:
+    if _symbolic_trace._is_fx_tracing_flag and get_proxy_mode() is None:
         raise FxrpgError(
             link.weights[attribute][0],
             "a generated weight must be read when the model runs",

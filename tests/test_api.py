@@ -403,6 +403,14 @@ def test_explain(net):
     assert len(rows) == 9
 
 
+def test_surgery_shows(net):
+    small = fxrpg.transform(net, dof=50)
+    small.fc = nn.Linear(6, 5)
+    assert fxrpg.ledger(small).generated == 216
+    assert [row.name for row in fxrpg.explain(small).rows if row.status == "generated"] == ["mid.weight"]
+    torch.testing.assert_close(fxrpg.materialize(small)(X), small(X))
+
+
 def test_on_the_meta_device():
     with torch.device("meta"):
         net = Net()
