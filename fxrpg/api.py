@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 from fxrpg.assemble import assemble, check_untransformed, copy_module, copy_without, disassemble, plan_of
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator, generator_from, rounded
-from fxrpg.hashing import SEED_LIMIT
 from fxrpg.passes.pipeline import graph_roles
-from fxrpg.plan import Candidate, Plan, Rule, candidates, choose, lay_out
+from fxrpg.plan import Candidate, Plan, Rule, candidates, checked_seed, choose, lay_out
 from fxrpg.roles import Role
 
 
@@ -62,10 +60,11 @@ def transform(
     found = candidates(model, graph_roles(model) if isinstance(model, fx.GraphModule) else {})
     chosen, dense = choose(found, generator, rules)
     _check_alike([candidate for candidate, _ in chosen])
-    views = lay_out(chosen, generator, _checked_seed(seed))
+    seed = checked_seed(seed)
+    views = lay_out(chosen, generator, seed)
     resolved = Plan(
         generator=generator,
-        seed=operator.index(seed),
+        seed=seed,
         size=_state_size(dof, generator, sum(view.count for view in views.values())),
         views=views,
         names={candidate.name: candidate.names for candidate, _ in chosen},
@@ -129,16 +128,6 @@ def _state_size(dof: Any, generator: Generator, weights: int) -> int:
     if not math.isfinite(value) or value <= 0 or (exact and value != int(value)) or value > weights:
         raise FxrpgError("dof", must, repr(dof), fix)
     return generator.state_size(int(value) if exact else value, weights)
-
-
-def _checked_seed(seed: Any) -> int:
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        value = -1
-    if not 0 <= value < SEED_LIMIT or isinstance(seed, bool):
-        raise FxrpgError("seed", "must be an int in [0, 2^64)", repr(seed), "Pass one.")
-    return value
 
 
 def _checked_rules(plan: Any) -> tuple[Rule, ...]:

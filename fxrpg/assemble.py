@@ -14,7 +14,19 @@ from fxrpg.errors import FxrpgError
 from fxrpg.functions import METADATA, REQUIRES_GRAD
 from fxrpg.generator import View
 from fxrpg.lowering import encode_scales, generate_weight
-from fxrpg.owner import DIGEST, PLAN, SCALE, TRACE, disown, encode_digest, link_of, own, unwatch_loading, watch_loading
+from fxrpg.owner import (
+    DIGEST,
+    PLAN,
+    SCALE,
+    TRACE,
+    disown,
+    encode_digest,
+    link_of,
+    own,
+    owned,
+    unwatch_loading,
+    watch_loading,
+)
 from fxrpg.passes.graph_module import adopt, release
 from fxrpg.passes.pipeline import rewrite
 from fxrpg.passes.restore import put_parameter, restore
@@ -43,8 +55,8 @@ def views_in(model: nn.Module) -> dict[str, View]:
     plan = plan_of(model)
     if isinstance(model, fx.GraphModule):
         return plan.views
-    owned = {name for module in model.modules() if (link := link_of(module)) for name, *_view in link.weights.values()}
-    return {name: view for name, view in plan.views.items() if name in owned}
+    left = {name for name, _owner, _attribute in owned(model)}
+    return {name: view for name, view in plan.views.items() if name in left}
 
 
 def check_untransformed(model: nn.Module) -> None:
@@ -133,10 +145,10 @@ def disassemble(root: nn.Module) -> None:
     plan = plan_of(root)
     state, scale = getattr(root, plan.generator.state_name).detach(), root.get_buffer(SCALE)
     weights = {name: nn.Parameter(generate_weight(state, scale, view.text)) for name, view in plan.views.items()}
-    owned: dict[int, tuple[nn.Module, dict[str, nn.Parameter]]] = {}
-    for name, owner, attribute in _owners_left(root, plan):
-        owned.setdefault(id(owner), (owner, {}))[1][attribute] = weights[name]
-    for owner, parameters in owned.values():
+    taken: dict[int, tuple[nn.Module, dict[str, nn.Parameter]]] = {}
+    for name, owner, attribute in owned(root):
+        taken.setdefault(id(owner), (owner, {}))[1][attribute] = weights[name]
+    for owner, parameters in taken.values():
         disown(owner, parameters)
     if isinstance(root, fx.GraphModule):
         for name, aliases in plan.names.items():
@@ -147,11 +159,3 @@ def disassemble(root: nn.Module) -> None:
     del root._parameters[plan.generator.state_name], root._buffers[SCALE], root._buffers[DIGEST]
     del root.__dict__[PLAN], root.__dict__[TRACE]
     unwatch_loading(root)
-
-
-def _owners_left(root: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:
-    """The owners that still have a link (a copied graph module keeps only what its graph calls)."""
-    for module in root.modules():
-        if link := link_of(module):
-            for attribute, (name, *_view) in link.weights.items():
-                yield name, module, attribute

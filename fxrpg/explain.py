@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import nn
 
 from fxrpg.assemble import plan_of, trace_of, views_in
-from fxrpg.owner import link_of, plain_class, stock_layer
+from fxrpg.owner import owned, plain_class, stock_layer
 from fxrpg.trace import Use
 
 
@@ -99,14 +99,12 @@ def _row(name: str, shape: tuple[int, ...], uses: dict[str, Use]) -> Row:
 
 def _predicted(model: nn.Module) -> Iterator[tuple[str, str, Use]]:
     """(name, layer, use) for weights of layers whose code is torch's own, so that it is known what consumes them."""
-    for module in model.modules():
-        base = plain_class(module)
-        stock = stock_layer(base)
-        whole = issubclass(base, _UNLOWERED)
-        if (link := link_of(module)) and (stock or whole):
-            use = Use("handle", "materialized", "no lowering for this op") if whole else Use("handle", "staged", "")
-            for name, *_view in link.weights.values():
-                yield name, (stock or base).__name__, use
+    for name, owner, _attribute in owned(model):
+        base = plain_class(owner)
+        if issubclass(base, _UNLOWERED):
+            yield name, base.__name__, Use("handle", "materialized", "no lowering for this op")
+        elif stock := stock_layer(base):
+            yield name, stock.__name__, Use("handle", "staged", "")
 
 
 _UNLOWERED = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.RNNBase, nn.RNNCellBase)

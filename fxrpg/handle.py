@@ -117,8 +117,7 @@ class Handle(Tensor):
         """
         if not (self.differentiable and torch.is_grad_enabled()) or transforming():
             return self
-        state, scale, view = self.generated[:3]
-        handle = _Attach.apply(state, scale, view, self.chain, self)
+        handle = _Attach.apply(*self.generated[:2], self)
         return handle if isinstance(handle, Handle) else self
 
     def produce(self) -> Tensor:
@@ -175,11 +174,12 @@ class _Attach(torch.autograd.Function):
     """The record of a handle: its gradient goes through the chain's adjoint to the state."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, scale: Tensor, view: str, chain: tuple[Step, ...], handle: Handle) -> Handle:
+    def forward(ctx: Any, state: Tensor, scale: Tensor, handle: Handle) -> Handle:
         ctx.save_for_backward(state, scale)
-        ctx.view, ctx.chain = view, chain
-        like = _meta_like(handle)
-        attached = Handle(handle.generated, handle.weight_name, handle.weight_trace, chain, like, handle.aliasing)
+        ctx.view, ctx.chain = handle.generated.view, handle.chain
+        size, stride, dtype = handle._geometry()
+        like = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        attached = Handle(handle.generated, handle.weight_name, handle.weight_trace, ctx.chain, like, handle.aliasing)
         attached.differentiable = True
         return attached
 
@@ -193,7 +193,7 @@ class _Attach(torch.autograd.Function):
                     View.parse(ctx.view).shape, dtype=state.dtype, device=state.device, requires_grad=True
                 )
                 (grad,) = torch.autograd.grad(_replay(weight, ctx.chain), weight, grad)
-        return torch.ops.fxrpg.accumulate.default(grad, state, scale, ctx.view), None, None, None, None
+        return torch.ops.fxrpg.accumulate.default(grad, state, scale, ctx.view), None, None
 
 
 def handle_of(state: Any, scale: Any, view: str, name: str) -> Any:
@@ -320,11 +320,6 @@ class _Recipes:
 
 def _part(step: Step, i: int) -> Step:
     return lambda weight: step(weight)[i]
-
-
-def _meta_like(handle: Handle) -> Tensor:
-    size, stride, dtype = handle._geometry()
-    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
 
 def _replay(weight: Tensor, chain: tuple[Step, ...]) -> Tensor:

@@ -27,7 +27,7 @@ from fxrpg.generator import Generator, View
 from fxrpg.hashing import FORMAT_VERSION, SEED_LIMIT
 from fxrpg.lowering import decode_scales, encode_scales
 from fxrpg.owner import DIGEST, SCALE
-from fxrpg.plan import Plan, first_draws
+from fxrpg.plan import Plan, checked_seed, first_draws
 
 WITHHELD = "withheld"
 # in the order in which safetensors lays tensors out
@@ -63,7 +63,7 @@ class Contents:
 
     def plan(self, path: Any, seed: int | None = None) -> Plan:
         """The plan, with the seed of the file or, where that is withheld, the given one."""
-        stored, given = self.fields["seed"], _checked_seed(seed)
+        stored, given = self.fields["seed"], None if seed is None else checked_seed(seed)
         if stored == WITHHELD and given is None:
             must = "the seed must be given, because the file withholds it"
             raise FxrpgError(str(path), must, "none", "Pass seed=...")
@@ -82,15 +82,6 @@ class Contents:
         for row in self.fields["table"]:
             scale[row["tensor"]] = row["scale"]
         return scale
-
-
-def _checked_seed(seed: Any) -> int | None:
-    if seed is None:
-        return None
-    value = operator.index(seed) if hasattr(type(seed), "__index__") and not isinstance(seed, Tensor | bool) else -1
-    if not 0 <= value < SEED_LIMIT:
-        raise FxrpgError("seed", "must be an int in [0, 2^64)", repr(seed), "Pass one.")
-    return value
 
 
 def header_of(

@@ -94,6 +94,8 @@ class Rule:
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments as `call` names them. Raises NotLowered for one that it does not know (`out`, say)."""
+        if not kwargs:
+            return {}
         known = inspect.signature(self.call).parameters
         renamed = {"weight" if key == self.keyword else key: value for key, value in kwargs.items()}
         for key in renamed:
@@ -187,7 +189,8 @@ def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype 
 def plain_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype | None = None) -> Tensor:
     """`generate_weight` in plain torch ops that autograd and torch.func follow: slow, saves what it likes, the reference."""
     view = View.parse(text)
-    return (view.generator.reference(state, view) * scale_of(scale, view).to(state.dtype)).to(dtype or state.dtype)
+    wide = torch.promote_types(state.dtype, torch.float32)
+    return (view.generator.reference(state, view).to(wide) * scale_of(scale, view).to(wide)).to(dtype or state.dtype)
 
 
 def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -> Tensor:

@@ -6,7 +6,7 @@ The user's forward, hooks, control flow and names stay as they are, and `isinsta
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -116,6 +116,14 @@ def _check_digest(module: nn.Module, state_dict: Mapping[str, Any], prefix: str,
 def link_of(module: nn.Module) -> Link | None:
     """The module's link, if it owns generated weights."""
     return module.__dict__.get(_LINK)
+
+
+def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, owner, attribute) for every place where a module in `model` reads a generated weight."""
+    for module in model.modules():
+        if link := link_of(module):
+            for attribute, (name, *_view) in link.weights.items():
+                yield name, module, attribute
 
 
 def generated_of(owner: nn.Module, attribute: str) -> Generated:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator, View
-from fxrpg.hashing import FORMAT_VERSION, PERMUTE, SIGN, derive_key, random_words
+from fxrpg.hashing import FORMAT_VERSION, PERMUTE, SEED_LIMIT, SIGN, derive_key, random_words
 from fxrpg.roles import LAYER_KINDS, Refusal, Role, parametrized_layers, raw_role, role_of
 
 GENERATE, DENSE = "generate", "dense"
@@ -126,6 +128,15 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"{name}: {view.generator.method} {tuple(view.shape)}" for name, view in self.views.items()]
         return "\n".join(lines + [f"{name}: dense ({reason})" for name, reason in self.dense.items()])
+
+
+def checked_seed(seed: Any) -> int:
+    """`seed` as an int. Raises FxrpgError unless it is a whole number in [0, 2^64)."""
+    whole = hasattr(type(seed), "__index__") and not isinstance(seed, Tensor | bool)
+    value = operator.index(seed) if whole else -1
+    if not 0 <= value < SEED_LIMIT:
+        raise FxrpgError("seed", "must be an int in [0, 2^64)", repr(seed), "Pass one.")
+    return value
 
 
 def first_draws(seed: int) -> str:

@@ -192,3 +192,12 @@ def test_state_gradient_is_accumulated_in_float32():
     grad = torch.full((64, 64), 2.0**-7, dtype=torch.bfloat16)
     wide = accumulate_gradient(grad.double(), weight.state.double(), weight.scale, weight.view)
     assert torch.equal(accumulate_gradient(grad, weight.state.detach(), weight.scale, weight.view), wide.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_reference_generates_the_same_weight(dtype):
+    """Every bit of it, in every type of state: the scale is not rounded to a type of 16 bits on either path."""
+    for generator in (example for examples in GENERATORS.values() for example in examples):
+        weight = generated(generator, (5, 7), (0, 1), 24, dtype)
+        arguments = (weight.state.detach(), weight.scale, weight.view)
+        assert torch.equal(plain_weight(*arguments), generate_weight(*arguments))
