@@ -9,27 +9,40 @@ for _folder in ("generators", "kernels"):  # each file registers itself: a metho
         importlib.import_module(_module.name)
 
 from fxrpg.api import materialize, transform  # noqa: E402
+from fxrpg.channels import prune_channels  # noqa: E402
 from fxrpg.checkpoint import load, save  # noqa: E402
+from fxrpg.compact import freeze, prune, quantize, truncate  # noqa: E402
 from fxrpg.errors import FxrpgError  # noqa: E402
 from fxrpg.explain import explain  # noqa: E402
 from fxrpg.fit import fit  # noqa: E402
+from fxrpg.generators.pemn import Pemn  # noqa: E402
+from fxrpg.generators.pranc import Pranc  # noqa: E402
 from fxrpg.generators.ring import Ring  # noqa: E402
 from fxrpg.ledger import ledger  # noqa: E402
 from fxrpg.lowering import lowering_mode  # noqa: E402
-from fxrpg.plan import Rule  # noqa: E402
+from fxrpg.recurrence import unroll  # noqa: E402
+from fxrpg.rule import Rule  # noqa: E402
 from fxrpg.version import __version__  # noqa: E402
 
 __all__ = [
     "FxrpgError",
+    "Pemn",
+    "Pranc",
     "Ring",
     "Rule",
     "__version__",
     "explain",
     "fit",
+    "freeze",
     "ledger",
     "load",
     "lowering_mode",
     "materialize",
+    "prune",
+    "prune_channels",
+    "quantize",
     "save",
     "transform",
+    "truncate",
+    "unroll",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,18 @@ from fxrpg.assemble import assemble, check_untransformed, copy_module, copy_with
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator, generator_from, rounded
 from fxrpg.passes.pipeline import graph_roles
-from fxrpg.plan import Candidate, Plan, Rule, candidates, checked_seed, choose, lay_out
+from fxrpg.plan import Choice, Plan, candidates, checked_seed, choose
 from fxrpg.roles import Role
+from fxrpg.rule import Dof, Rule, Scoping
+from fxrpg.scopes import lay_out
 
 
 def transform(
     model: nn.Module,
     *,
-    dof: int | float,
+    dof: Dof = None,
     method: str | Generator = "ring",
+    scope: Scoping = "model",
     seed: int = 0,
     plan: Sequence[Rule] = (),
     strict: bool = False,
@@ -30,15 +33,20 @@ def transform(
     """A copy of `model` whose planned weights are generated from `dof` free numbers; `model` itself is untouched.
 
     A `torch.fx.GraphModule` is rewritten as a graph and comes back as one; any other module keeps its own forward code.
-    The free numbers are a parameter of the result (`fxrpg_ring`); weights keep, layer by layer, the standard deviation
-    that they have in `model`, or take their layer's default where they have none (constants, zeros, the meta device).
-    Initialise, load or tie weights before: generated ones are read-only.
+    The free numbers are parameters of the result: `fxrpg_ring`, `fxrpg_alpha`, or for masks a `<weight>_score` beside each
+    weight's place; with several scopes `fxrpg_ring_<scope>`. Ring and PRANC weights start, layer by layer, with the
+    standard deviation that they have in `model`, or with their layer's default where they have none (constants, zeros,
+    the meta device). Initialise, load or tie weights before: generated ones are read-only.
 
     Args:
         model: any module; on the meta device too.
         dof: degrees of freedom. An int is exact (so is a whole float above 1); a float in (0, 1] is a fraction of the
-            generated weights, rounded to whole blocks: 1 is a single number, 1.0 as many as there are weights.
-        method: "ring", or settings such as `fxrpg.Ring(block=1, layout="shuffle")`.
+            generated weights: 1 is a single number, 1.0 as many as there are weights. For "pemn" see `fxrpg.Pemn`. With
+            several scopes an int is split by share of weights, a fraction holds for each, and a dict (scope's name ->
+            size) gives each its own.
+        method: "ring", "pranc", "pemn", or settings such as `fxrpg.Ring(block=1, layout="shuffle")`.
+        scope: which weights share a state: "model"; "stage", "block" or "position" (of repeated blocks), "layer"; or a
+            function from a parameter's name to its scope's name. See `fxrpg.scopes.scoping_of`.
         seed: 0 <= seed < 2^64. The same seed gives the same bits on every machine.
         plan: rules that decide before the method's default does; the first that matches a parameter counts.
         strict: raise when an op consumes a generated weight without a lowering, instead of materializing it.
@@ -46,6 +54,9 @@ def transform(
     Raises:
         FxrpgError: an argument out of range, a rule that matches nothing, no weight to generate, a module that cannot be
             transformed.
+
+    Warns:
+        UserWarning: a PRANC basis of which one pass over the model draws more than 1e11 values.
     """
     if not isinstance(model, nn.Module):
         fix = "Pass a module; of an exported program, what its method module() returns."
@@ -59,21 +70,21 @@ def transform(
     generator, rules = generator_from(method), _checked_rules(plan)
     found = candidates(model, graph_roles(model) if isinstance(model, fx.GraphModule) else {})
     chosen, dense = choose(found, generator, rules)
-    _check_alike([candidate for candidate, _ in chosen])
-    seed = checked_seed(seed)
-    views = lay_out(chosen, generator, seed)
+    scopes, views, scope_of = lay_out(chosen, model, dof=dof, scope=scope, seed=checked_seed(seed))
     resolved = Plan(
-        generator=generator,
-        seed=seed,
-        size=_state_size(dof, generator, sum(view.count for view in views.values())),
+        seed=checked_seed(seed),
+        scopes=scopes,
         views=views,
-        names={candidate.name: candidate.names for candidate, _ in chosen},
+        scope_of=scope_of,
+        names={choice.candidate.name: choice.candidate.names for choice in chosen},
         dense=dense,
         rules=tuple(str(rule) for rule in rules),
     )
-    state, scale = _initial(resolved, chosen)
-    result = copy_without(model, [candidate.parameter for candidate, _ in chosen])
-    assemble(result, resolved, state, scale, strict)
+    for method in {scope.generator for scope in scopes}:
+        method.check([view for view in views.values() if view.generator == method])
+    states, scale = _initial(resolved, {choice.candidate.name: choice for choice in chosen})
+    result = copy_without(model, [choice.candidate.parameter for choice in chosen])
+    assemble(result, resolved, states, scale, strict)
     return result
 
 
@@ -89,25 +100,32 @@ def materialize(model: nn.Module) -> nn.Module:
     return result
 
 
-def _initial(plan: Plan, chosen: Sequence[tuple[Candidate, Role]]) -> tuple[Tensor, Tensor]:
-    """The state at the start and each weight's scale (float32), such that weights start with their own deviation.
+def _initial(plan: Plan, chosen: Mapping[str, Choice]) -> tuple[dict[str, Tensor], Tensor]:
+    """The states at the start and each weight's scale (float32), such that weights start with their own deviation.
 
-    The state's deviation is the root mean square of the weights': scales then lie around one, and learning rates and
-    weight decay act as on the dense model. Scales are rounded to 16 significant bits, because the last bits of a measured
-    deviation depend on the number of threads.
+    Scales are rounded to 16 significant bits, because the last bits of a measured deviation depend on the number of
+    threads.
     """
-    parameter = chosen[0][0].parameter
-    deviations = {candidate.name: _deviation(candidate.parameter, role) for candidate, role in chosen}
-    energy = sum(view.count * deviations[name] ** 2 for name, view in plan.views.items())
-    mean = rounded(math.sqrt(energy / plan.generated))
     scale = torch.empty(len(plan.views), dtype=torch.float64, device="cpu")
-    for name, view in plan.views.items():
-        scale[view.tensor] = rounded(deviations[name] / mean)
-    scale = scale.to(torch.float32)
-    if parameter.is_meta:
-        return torch.empty(plan.size, dtype=parameter.dtype, device="meta"), scale
-    state = plan.generator.init_state(plan.size, plan.seed, mean)
-    return state.to(dtype=parameter.dtype, device=parameter.device), scale
+    units: dict[int, float] = {}
+    for i, scope in enumerate(plan.scopes):
+        names = [name for name in plan.views if plan.scope_of[name] == i]
+        deviations = [_deviation(chosen[name].candidate.parameter, chosen[name].role) for name in names]
+        units[i], scales = scope.generator.scales([plan.views[name] for name in names], deviations)
+        for name, value in zip(names, scales, strict=True):
+            scale[plan.views[name].tensor] = rounded(value)
+    states = {}
+    for state, names in plan.states.items():
+        scope, views = plan.scope(names[0]), [plan.views[name] for name in names]
+        parameters = [chosen[name].candidate.parameter for name in names]
+        _check_alike(names, parameters)
+        like = parameters[0]
+        if like.is_meta:
+            states[state] = torch.empty(scope.generator.state_shape(views[0]), dtype=like.dtype, device="meta")
+        else:
+            first = scope.generator.init_state(views, units[plan.scope_of[names[0]]])
+            states[state] = first.to(dtype=like.dtype, device=like.device)
+    return states, scale.to(torch.float32)
 
 
 def _deviation(parameter: Tensor, role: Role) -> float:
@@ -116,18 +134,6 @@ def _deviation(parameter: Tensor, role: Role) -> float:
         return role.std
     found = parameter.detach().to(torch.float64).std(correction=0).item()
     return found if math.isfinite(found) and found > 1e-12 else role.std
-
-
-def _state_size(dof: Any, generator: Generator, weights: int) -> int:
-    fix = f"Pass an int from 1 to {weights}, or a fraction in (0, 1]."
-    must = f"must be an int in [1, {weights}] (the generated weights) or a fraction in (0, 1]"
-    if isinstance(dof, bool) or not hasattr(dof, "__float__"):
-        raise FxrpgError("dof", must, repr(dof), fix)
-    value = float(dof)
-    exact = isinstance(dof, float) is False or value > 1
-    if not math.isfinite(value) or value <= 0 or (exact and value != int(value)) or value > weights:
-        raise FxrpgError("dof", must, repr(dof), fix)
-    return generator.state_size(int(value) if exact else value, weights)
 
 
 def _checked_rules(plan: Any) -> tuple[Rule, ...]:
@@ -154,18 +160,17 @@ def _check_modules(model: nn.Module) -> None:
             )
 
 
-def _check_alike(chosen: list[Candidate]) -> None:
+def _check_alike(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
     """All weights of one state have its type and device."""
-    first = chosen[0].parameter
-    for candidate in chosen:
-        other = candidate.parameter
+    first = parameters[0]
+    for name, other in zip(names, parameters, strict=True):
         if type(other.data) is not Tensor:
-            fix = f'Transform the plain model first, or leave it dense with Rule("{candidate.name}", "dense").'
-            raise FxrpgError(candidate.name, "must be a plain tensor", f"a {type(other.data).__name__}", fix)
+            fix = f'Transform the plain model first, or leave it dense with Rule("{name}", "dense").'
+            raise FxrpgError(name, "must be a plain tensor", f"a {type(other.data).__name__}", fix)
         if (other.dtype, other.device) != (first.dtype, first.device):
             raise FxrpgError(
-                candidate.name,
-                f"weights of one state must share type and device ({first.dtype} on {first.device}, as {chosen[0].name})",
+                name,
+                f"weights of one state must share type and device ({first.dtype} on {first.device}, as {names[0]})",
                 f"{other.dtype} on {other.device}",
-                f'Cast or move the model first, or leave it dense with Rule("{candidate.name}", "dense").',
+                f'Cast or move the model first, or leave it dense with Rule("{name}", "dense").',
             )

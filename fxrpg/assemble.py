@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fxrpg.generator import View
 from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import (
     DIGEST,
+    LINK,
     PLAN,
     SCALE,
     TRACE,
@@ -24,6 +25,7 @@ from fxrpg.owner import (
     link_of,
     own,
     owned,
+    tensor_at,
     unwatch_loading,
     watch_loading,
 )
@@ -48,6 +50,13 @@ def plan_of(model: nn.Module) -> Plan:
 def trace_of(model: nn.Module) -> Trace:
     """What became of the model's weights when they were last consumed."""
     return model.__dict__[TRACE]
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The full weight called `name` of a transformed model, without autograd."""
+    plan = plan_of(model)
+    state = tensor_at(model, plan.state_of(name)).detach()
+    return generate_weight(state, model.get_buffer(SCALE), plan.views[name].text)
 
 
 def views_in(model: nn.Module) -> dict[str, View]:
@@ -118,33 +127,76 @@ def owners_of(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, st
             yield name, model.get_submodule(path), attribute
 
 
-def assemble(root: nn.Module, plan: Plan, state: Tensor, scale: Tensor, strict: bool) -> None:
-    """Make `root`, whose planned parameters are still in place, generate them from `state` and `scale` (float32, on the CPU).
+def assemble(
+    root: nn.Module,
+    plan: Plan,
+    states: Mapping[str, Tensor],
+    scale: Tensor,
+    strict: bool,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Make `root`, whose planned parameters are still in place, generate them from `states` and `scale` (float32, on the CPU).
 
-    The state becomes a parameter of the root, scales and the plan's digest persistent buffers, both in small integers that
-    survive any cast of the model.
+    States become parameters (frozen ones buffers) under the names that the plan gives them, scales and the plan's digest
+    persistent buffers of the root, both in small integers that survive any cast of the model. `dtype`, the type of the
+    buffer of scales, is that of weights whose state is frozen.
     """
-    root.register_parameter(plan.generator.state_name, nn.Parameter(state))
-    root.register_buffer(SCALE, encode_scales(scale).to(state.device))
-    root.register_buffer(DIGEST, encode_digest(plan.digest()).to(state.device))
+    device = next(iter(states.values())).device
+    for name, state in states.items():
+        put_state(root, name, state)
+    root.register_buffer(SCALE, encode_scales(scale).to(device, dtype))
+    root.register_buffer(DIGEST, encode_digest(plan.digest()).to(device))
     root.__dict__[PLAN], root.__dict__[TRACE] = plan, Trace(strict)
     watch_loading(root)
     if isinstance(root, fx.GraphModule):
         adopt(root)
         rewrite(root, plan, root.__dict__[TRACE])
     else:
-        own(
-            root,
-            ((name, owner, a, plan.views[name]) for name, owner, a in owners_of(root, plan)),
-            root.__dict__[TRACE],
-        )
+        own(root, plan, owners_of(root, plan), root.__dict__[TRACE])
+
+
+def put_state(root: nn.Module, name: str, state: Tensor) -> None:
+    """Register a state under its dotted name: a parameter, or a buffer for one that is frozen."""
+    path, _, attribute = name.rpartition(".")
+    holder = root.get_submodule(path)
+    if state.is_floating_point():
+        holder.register_parameter(attribute, nn.Parameter(state))
+    else:
+        holder.register_buffer(attribute, state)
+
+
+def take_state(root: nn.Module, name: str) -> None:
+    """Undo `put_state`."""
+    path, _, attribute = name.rpartition(".")
+    holder = root.get_submodule(path)
+    holder._parameters.pop(attribute, None)
+    holder._buffers.pop(attribute, None)
+
+
+def replan(root: nn.Module, plan: Plan) -> None:
+    """Have a transformed `root` follow another plan for the same weights, whose states it holds already."""
+    before = plan_of(root)
+    root.__dict__[PLAN] = plan
+    root.register_buffer(DIGEST, encode_digest(plan.digest()).to(root.get_buffer(DIGEST).device))
+    for name, owner, attribute in owned(root):
+        view = plan.views[name]
+        owner.__dict__[LINK].weights[attribute] = name, plan.state_of(name), view.text, view.shape
+    if isinstance(root, fx.GraphModule):
+        renamed = {before.state_of(name): plan.state_of(name) for name in plan.views}
+        texts = {before.views[name].text: plan.views[name].text for name in plan.views}
+        for node in root.graph.nodes:
+            if node.op == "get_attr":
+                node.target = renamed.get(node.target, node.target)
+            node.args = tuple(texts.get(a, a) if isinstance(a, str) else a for a in node.args)
+        root.recompile()
 
 
 def disassemble(root: nn.Module) -> None:
     """Turn a transformed `root` into an ordinary module with full weights under their original names, in place."""
     plan = plan_of(root)
-    state, scale = getattr(root, plan.generator.state_name).detach(), root.get_buffer(SCALE)
-    weights = {name: nn.Parameter(generate_weight(state, scale, view.text)) for name, view in plan.views.items()}
+    weights = {name: nn.Parameter(weight_of(root, name)) for name in plan.views}
+    for name in plan.states:
+        take_state(root, name)
     taken: dict[int, tuple[nn.Module, dict[str, nn.Parameter]]] = {}
     for name, owner, attribute in owned(root):
         taken.setdefault(id(owner), (owner, {}))[1][attribute] = weights[name]
@@ -156,6 +208,6 @@ def disassemble(root: nn.Module) -> None:
                 put_parameter(root, alias, weights[name])
         restore({view.tensor: name for name, view in plan.views.items()})(root)
         release(root)
-    del root._parameters[plan.generator.state_name], root._buffers[SCALE], root._buffers[DIGEST]
+    del root._buffers[SCALE], root._buffers[DIGEST]
     del root.__dict__[PLAN], root.__dict__[TRACE]
     unwatch_loading(root)

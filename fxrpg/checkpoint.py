@@ -17,11 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of
+from fxrpg.channels import narrow_modules
 from fxrpg.errors import FxrpgError
-from fxrpg.header import DTYPES, Contents, canonical, check_tensors, damaged, header_of, parse, tensors_digest
+from fxrpg.header import DTYPES, KEPT, Contents, canonical, damaged, header_of, tensors_digest
 from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import DIGEST, SCALE
+from fxrpg.packing import pack_bits
 from fxrpg.plan import Plan
+from fxrpg.validation import check_kept, check_tensors, parse
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, withhold_seed: bool = False) -> None:
@@ -109,6 +112,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         raise damaged(path, "must be a whole safetensors file", str(e)) from None
     if tensors_digest(tensors) != fields["tensors"]:
         raise damaged(path, "the tensors must match their digest", "another one")
+    check_kept(path, fields, tensors)
     return Contents(fields, tensors)
 
 
@@ -135,16 +139,24 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, seed: int | None = N
     contents = read(path)
     plan = contents.plan(path, seed)
     parameters = _check_parameters(model, path, plan)
-    planned = [parameters[name] for name in plan.views]
-    device = planned[0].device if not planned[0].is_meta else torch.device("cpu")
-    result = copy_without(model, planned)
-    state = contents.tensors[plan.generator.state_name].to(device)
+    result = copy_without(model, [parameters[name] for name in plan.views])
+    narrow_modules(result, plan.channels, path)
     # the file groups dense names by reason
     plan = dataclasses.replace(plan, dense={name: plan.dense[name] for name in parameters if name in plan.dense})
-    assemble(result, plan, state, contents.scale(), strict)
-    result.get_parameter(plan.generator.state_name).requires_grad_(any(p.requires_grad for p in planned))
-    _fill(result, contents, path, {plan.generator.state_name, SCALE, DIGEST})
+    states = contents.states(plan)
+    for state, names in plan.states.items():
+        states[state] = states[state].to(_device(parameters[names[0]]))
+    assemble(result, plan, states, contents.scale(), strict, contents.frozen_dtype)
+    trainable = dict(result.named_parameters())
+    for state, names in plan.states.items():
+        if state in trainable:
+            trainable[state].requires_grad_(any(parameters[name].requires_grad for name in names))
+    _fill(result, contents, path, {*states, SCALE, DIGEST})
     return result
+
+
+def _device(parameter: nn.Parameter) -> torch.device:
+    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
 def verify(path: str | os.PathLike[str], seed: int | None = None) -> Plan:
@@ -156,11 +168,12 @@ def unpack(path: str | os.PathLike[str], seed: int | None = None) -> dict[str, T
     """The state_dict of the ordinary model that a file stands for, full weights included. Needs no model."""
     contents = read(path)
     plan = contents.plan(path, seed)
-    tensors = dict(contents.tensors)
-    state, scale = tensors.pop(plan.generator.state_name), encode_scales(contents.scale())
+    states, scale = contents.states(plan), encode_scales(contents.scale()).to(contents.frozen_dtype)
+    own = {*states, *(state + KEPT for state in states)}
+    tensors = {name: tensor for name, tensor in contents.tensors.items() if name not in own}
     for name, view in plan.views.items():
         try:
-            weight = generate_weight(state, scale, view.text)
+            weight = generate_weight(states[plan.state_of(name)], scale, view.text)
         except RuntimeError as e:
             if "allocate" not in str(e):  # torch's allocator has no error of its own
                 raise
@@ -174,7 +187,8 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     """What a file holds by name (tied tensors once), and alias -> name for the rest. Scales and digest are in the header."""
     if not isinstance(model, nn.Module):
         raise FxrpgError("save", "model must be a torch.nn.Module", type(model).__name__, "Pass model, then path.")
-    plan_of(model)
+    plan = plan_of(model)
+    sparse = {s for s, (name, *_) in plan.states.items() if (o := plan.scope(name)).generator.sparse and not o.frozen}
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     by_id: dict[int, str] = {}
@@ -191,6 +205,12 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
         else:
             kept[name] = tensor
             by_id[id(tensor)] = name
+    for name in sparse & kept.keys():
+        state = kept[name]
+        live = state.detach() != 0
+        kept[name + KEPT] = pack_bits(live)
+        values = state.detach() if state.is_meta else state.detach()[live]
+        kept[name] = nn.Parameter(values, requires_grad=state.requires_grad)
     return kept, aliases
 
 
@@ -235,8 +255,9 @@ def _check_parameters(model: nn.Module, path: Any, plan: Plan) -> dict[str, nn.P
         for alias in plan.names[name]:
             if alias not in parameters:
                 raise _other_model(path, f"the model must have the parameter {alias!r}", "none")
-            if tuple(parameters[alias].shape) != view.shape:
-                raise _other_model(path, f"{alias!r} must have shape {view.shape}", str(tuple(parameters[alias].shape)))
+            if tuple(parameters[alias].shape) != view.whole.shape:
+                must = f"{alias!r} must have shape {view.whole.shape}"
+                raise _other_model(path, must, str(tuple(parameters[alias].shape)))
         if (tied := names_of[id(parameters[name])]) != set(plan.names[name]):
             must = f"one parameter must have just the names {sorted(plan.names[name])}"
             raise _other_model(path, must, str(sorted(tied)))
@@ -246,6 +267,7 @@ def _check_parameters(model: nn.Module, path: Any, plan: Plan) -> dict[str, nn.P
 def _fill(model: nn.Module, contents: Contents, path: Any, own: set[str]) -> None:
     """Put the file's dense tensors into a freshly assembled model, in the file's types, ties kept."""
     current = model.state_dict(keep_vars=True)
+    own = own | {name + KEPT for name in own}
     source = {name: name for name in contents.tensors if name not in own} | contents.fields["aliases"]
     for name in sorted((current.keys() - own) ^ source.keys()):
         side = "the file has none" if name in current else "the model has none"

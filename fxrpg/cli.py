@@ -25,7 +25,7 @@ from fxrpg.errors import FxrpgError
 from fxrpg.explain import explain
 from fxrpg.fit import fit
 from fxrpg.ledger import ledger
-from fxrpg.plan import Rule
+from fxrpg.rule import Rule
 from fxrpg.version import __version__
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxrpg.assemble import copy_module, plan_of
+from fxrpg.assemble import copy_module, plan_of, weight_of
 from fxrpg.errors import FxrpgError
-from fxrpg.lowering import accumulate_gradient, generate_weight
+from fxrpg.generator import View
+from fxrpg.lowering import scale_of
 from fxrpg.owner import DIGEST, SCALE
 from fxrpg.plan import Plan
 
@@ -33,15 +34,18 @@ class Fit:
     residuals: dict[str, float]
 
     def __str__(self) -> str:
-        return f"relative squared residual {self.residual:.4f} over {len(self.residuals)} weights"
+        lost = "; little is left of what was trained: train before use" if self.residual > 0.1 else ""
+        return f"relative squared residual {self.residual:.4f} over {len(self.residuals)} weights{lost}"
 
 
 def fit(model: nn.Module, target: nn.Module) -> Fit:
-    """A copy of the transformed `model` whose state generates, in the least-squares sense, the weights of `target`.
+    """A copy of the transformed `model` whose states generate, in the least-squares sense, the weights of `target`.
 
     Dense parameters and buffers are taken over as they are. For a ring every cell becomes the weighted mean of the entries
-    it stands for (the exact solution, since each entry reads one cell). A small residual rarely follows: with fewer
-    numbers than weights the projection loses most of a trained network, so train afterwards.
+    it stands for; for a basis the coefficients solve the normal equations, by conjugate gradients that never hold more
+    than one weight; for masks the scores are ordered so that the mask keeps the entries that their fixed values match
+    best. A small residual rarely follows: with fewer numbers than weights the projection loses most of a trained network
+    (regressed to a basis, its accuracy is near chance: PRANC, Table 4), so train afterwards.
 
     Args:
         model: the result of `transform`; stays untouched.
@@ -51,22 +55,30 @@ def fit(model: nn.Module, target: nn.Module) -> Fit:
         The fitted model and how far off it is: `fxrpg.fit(small, model).model`.
 
     Raises:
-        FxrpgError: `target` lacks a weight, has it in another shape, or holds NaN or infinite values.
+        FxrpgError: `target` lacks a weight, has it in another shape, or holds NaN or infinite values; `model` is frozen or
+            its channels were pruned.
     """
     plan = plan_of(model)
+    if plan.channels or any(scope.frozen for scope in plan.scopes):
+        fix = "Fit first, then freeze or prune."
+        raise FxrpgError(
+            "fit", "must be a model that can be trained, with all its channels", "a frozen or pruned one", fix
+        )
     weights = dict(target.named_parameters(remove_duplicate=False))
     for name, view in plan.views.items():
         _check_target(name, view.shape, weights.get(name))
     result = copy_module(model)
     _take_over_dense(result, target, plan)
-    state = result.get_parameter(plan.generator.state_name)
-    scale = result.get_buffer(SCALE)
     with torch.no_grad():
-        state.copy_(_least_squares(plan, state, scale, weights))
+        for state_name, names in plan.states.items():
+            state = result.get_parameter(state_name)
+            targets = [_target(result, name, weights[name], state.device) for name in names]
+            state.copy_(plan.scope(names[0]).generator.fit(state.detach().to(torch.float64), targets))
         residuals, energy, error = {}, 0.0, 0.0
-        for name, view in plan.views.items():
-            wanted = weights[name].to(state.device, torch.float64)
-            difference = (generate_weight(state, scale, view.text).to(torch.float64) - wanted).square().sum().item()
+        for name in plan.views:
+            found_weight = weight_of(result, name).to(torch.float64)
+            wanted = weights[name].to(found_weight)
+            difference = (found_weight - wanted).square().sum().item()
             total = wanted.square().sum().item()
             residuals[name] = difference / total if total else float(difference > 0)
             energy, error = energy + total, error + difference
@@ -75,16 +87,11 @@ def fit(model: nn.Module, target: nn.Module) -> Fit:
     return found
 
 
-def _least_squares(plan: Plan, state: Tensor, scale: Tensor, weights: dict[str, nn.Parameter]) -> Tensor:
-    """argmin over the state of the summed squared differences, for methods in which each entry reads one state element."""
-    wide = state.detach().to(torch.float64)
-    numerator, denominator = torch.zeros_like(wide), torch.zeros_like(wide)
-    for name, view in plan.views.items():
-        # A^T w and the diagonal of A^T A, where A maps the state to this weight
-        numerator += accumulate_gradient(weights[name].detach().to(wide), wide, scale, view.text)
-        response = generate_weight(torch.ones_like(wide), scale, view.text)
-        denominator += accumulate_gradient(response, wide, scale, view.text)
-    return torch.where(denominator > 0, numerator / denominator.clamp(min=torch.finfo(wide.dtype).tiny), wide)
+def _target(model: nn.Module, name: str, weight: Tensor, device: torch.device) -> tuple[View, float, Tensor]:
+    """The weight's view, its scale, and what it should become."""
+    view = plan_of(model).views[name]
+    scale = scale_of(model.get_buffer(SCALE), view).item()
+    return view, scale, weight.detach().to(device, torch.float64)
 
 
 def _check_target(name: str, shape: tuple[int, ...], weight: Tensor | None) -> None:
@@ -102,7 +109,7 @@ def _check_target(name: str, shape: tuple[int, ...], weight: Tensor | None) -> N
 
 def _take_over_dense(result: nn.Module, target: nn.Module, plan: Plan) -> None:
     """Copy everything that is not generated, in value, from the target."""
-    own = {plan.generator.state_name, SCALE, DIGEST}
+    own = {*plan.states, SCALE, DIGEST}
     generated = {alias for aliases in plan.names.values() for alias in aliases}
     source = {name: tensor for name, tensor in target.state_dict().items() if name not in generated}
     mine = {name: tensor for name, tensor in result.state_dict().items() if name not in own}

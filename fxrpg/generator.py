@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ class Generator(ABC):
     registry: ClassVar[dict[str, type[Generator]]] = {}
     method: ClassVar[str]
     state_name: ClassVar[str]
+    """Of the root's parameter that is the state, or, for a `local` state, the ending of its name: weight + "_score"."""
     keeps_ends: ClassVar[bool] = False
     """Whether the method's default plan leaves the first and the last conv or linear layer dense."""
 
@@ -35,23 +37,113 @@ class Generator(ABC):
         super().__init_subclass__(**kwargs)
         Generator.registry[cls.method] = cls
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of parameters (`roles.py`) that the method generates where no rule says otherwise."""
+        return ("conv", "linear")
+
+    @property
+    def local(self) -> bool:
+        """Whether each weight has a state of its own, of its shape, held by the module that owns it."""
+        return False
+
+    @property
+    def masks(self) -> bool:
+        """Whether what is learned of a weight is one bit an element."""
+        return False
+
+    @property
+    def sparse(self) -> bool:
+        """Whether numbers of the state that are zero are pruned: they stay zero and are not stored in files."""
+        return False
+
+    @property
+    def needs_dof(self) -> bool:
+        """Whether `transform` must be told a number of degrees of freedom."""
+        return True
+
+    def most(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """The largest DoF for weights of these shapes: as many as they have elements."""
+        return sum(map(math.prod, shapes))
+
     @abstractmethod
-    def state_size(self, dof: int | float, weights: int) -> int:
-        """Length of the state for a requested `dof` over `weights` generated weights. Raises FxrpgError when it cannot be."""
+    def state_size(self, dof: int | float, shapes: Sequence[tuple[int, ...]]) -> int:
+        """The DoF that a request for weights of these shapes comes to: an int is exact, a float is in (0, 1]."""
 
     @abstractmethod
     def extents(self, counts: Sequence[int]) -> list[int]:
         """How many positions of the method's address space each weight of the given element counts takes up."""
 
+    def addresses(self, counts: Sequence[int]) -> tuple[list[int], int]:
+        """(first position of each weight, positions in all): side by side where the method does not say otherwise."""
+        ends = [0, *itertools.accumulate(self.extents(counts))]
+        return ends[:-1], ends[-1]
+
+    def scales(self, views: Sequence[View], deviations: Sequence[float]) -> tuple[float, list[float]]:
+        """What the state starts with, and the fixed scale of each weight, so that weights start with these deviations.
+
+        Returns:
+            (unit, one scale a view): the state's own deviation at the start, here the root mean square of the weights'.
+            Scales then lie around one, and learning rates and weight decay act as on the dense model.
+        """
+        energy = sum(v.count * d**2 for v, d in zip(views, deviations, strict=True))
+        unit = rounded(math.sqrt(energy / sum(v.count for v in views)))
+        return unit, [d / unit for d in deviations]
+
+    def quantised(self, bits: int, block: int) -> Generator:
+        """The settings under which the state is read in few bits."""
+        fix = (
+            "Leave it as it is: `fxrpg.freeze` packs a mask's scores into one bit a weight."
+            if self.masks
+            else "Use a ring."
+        )
+        raise FxrpgError("quantize", "needs a ring", f"the method {self.method!r}", fix)
+
+    def pruned(self) -> Generator:
+        """The settings under which numbers of the state that are zero are pruned."""
+        raise FxrpgError(
+            "prune", "needs a ring or a PRANC basis", f"the method {self.method!r}", "Lower `keep` instead."
+        )
+
+    def check(self, views: Sequence[View]) -> None:
+        """Warn, when a model is transformed, of what generating all these weights takes."""
+        return
+
     @abstractmethod
-    def init_state(self, size: int, seed: int, std: float) -> Tensor:
-        """Initial state, float64 [size] on the CPU, from the seed alone; generated values get standard deviation `std`."""
+    def init_state(self, views: Sequence[View], unit: float) -> Tensor:
+        """The state at the start, float64 on the CPU, of `state_shape`, from the seed alone.
+
+        Args:
+            views: the weights that share the state.
+            unit: from `scales`.
+        """
+
+    def state_shape(self, view: View) -> tuple[int, ...]:
+        """Shape of the trainable state that `view` reads."""
+        return (view.size,)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether there is a form of the state packed for inference."""
+        return False
+
+    def freeze(self, state: Tensor, view: View) -> Tensor:
+        """The state packed for inference: uint8 of `frozen_shape`, which `materialize` reads too."""
+        raise NotImplementedError
+
+    def frozen_name(self, state: str) -> str:
+        """What the name `state` of a trainable state becomes when that is frozen."""
+        return state
+
+    def frozen_shape(self, view: View) -> tuple[int, ...]:
+        """Shape of what `freeze` returns."""
+        raise NotImplementedError
 
     @abstractmethod
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
         """The weight's *unscaled* values, a fresh contiguous tensor of `view.shape` and `dtype`, without autograd.
 
-        Bit-equal everywhere: the state's value cast to `dtype`, with its sign or mask.
+        Bit-equal everywhere: a function of the state and the view alone, rounded once to `dtype`.
         """
 
     @abstractmethod
@@ -70,6 +162,19 @@ class Generator(ABC):
             Tensor of the state's shape and `grad`'s dtype.
         """
 
+    def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
+        """The derivative of the unscaled weight along `direction` (of the state's shape): the adjoint of `accumulate`."""
+        return self.materialize(direction, view, direction.dtype)
+
+    def fit(self, state: Tensor, targets: Sequence[tuple[View, float, Tensor]]) -> Tensor:
+        """The state, in float64, whose weights come nearest to targets: here by conjugate gradients on the normal equations.
+
+        Args:
+            state: the state now.
+            targets: (view, scale, wanted weight of `view.shape`, float64) for each weight that reads it.
+        """
+        return _conjugate_gradients(self, state, targets)
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
@@ -83,6 +188,9 @@ class View:
         order: axes of `shape` in logical order (out, kernel..., in), the fastest-running last.
         offset: first position of the weight in the method's address space.
         total: positions of all weights that share the state.
+        size: degrees of freedom of the state.
+        kept: of a weight whose channels were pruned, the indices left on each axis, () for all; `shape` is what is left.
+        original: its shape before that.
     """
 
     generator: Generator
@@ -92,11 +200,24 @@ class View:
     order: tuple[int, ...]
     offset: int
     total: int
+    size: int
+    kept: tuple[tuple[int, ...], ...] = ()
+    original: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def fan_in(self) -> int:
+        """Elements that feed one output."""
+        return self.count // self.shape[self.order[0]]
+
+    @functools.cached_property
+    def whole(self) -> View:
+        """The weight with all its channels, as the generator knows it."""
+        return dataclasses.replace(self, shape=self.original, kept=(), original=()) if self.kept else self
 
     @functools.cached_property
     def text(self) -> str:
@@ -114,8 +235,24 @@ class View:
         """The view that `text` stands for."""
         data = json.loads(text)
         generator = Generator.registry[data.pop("method")](**data.pop("settings"))
-        shape, order = tuple(data.pop("shape")), tuple(data.pop("order"))
-        return View(generator=generator, shape=shape, order=order, **data)
+        lists = {name: tuple(data.pop(name)) for name in ("shape", "order", "original")}
+        return View(generator=generator, kept=tuple(map(tuple, data.pop("kept"))), **lists, **data)
+
+    def narrowed(self, weight: Tensor) -> Tensor:
+        """The kept channels of a weight that has them all."""
+        for axis, kept in enumerate(self.kept):
+            if kept:
+                weight = weight.index_select(axis, torch.tensor(kept, device=weight.device))
+        return weight
+
+    def widened(self, grad: Tensor) -> Tensor:
+        """The adjoint of `narrowed`: zeros for the channels that are gone."""
+        for axis, kept in enumerate(self.kept):
+            if kept:
+                sides = list(grad.shape)
+                sides[axis] = self.original[axis]
+                grad = grad.new_zeros(sides).index_copy(axis, torch.tensor(kept, device=grad.device), grad)
+        return grad
 
     def to_logical(self, weight: Tensor) -> Tensor:
         """`weight` of `shape` as its elements in logical order, [count]."""
@@ -129,6 +266,31 @@ class View:
         logical = values.view([self.shape[axis] for axis in self.order])
         # not .contiguous(): a 1x1 kernel is contiguous as it is, with strides that a convolution reads as channels_last
         return logical.permute(inverse).clone(memory_format=torch.contiguous_format)
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, smooth: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return None, grad
+
+    @staticmethod
+    def jvp(ctx: Any, _value: Any, smooth: Any) -> Any:  # type: ignore[override]
+        return smooth.clone()
+
+
+def straight_through(value: Tensor, smooth: Tensor) -> Tensor:
+    """`value`, with the derivatives of `smooth` (same shape and type)."""
+    return _StraightThrough.apply(value.detach(), smooth)
 
 
 def rounded(x: float) -> float:
@@ -147,3 +309,29 @@ def generator_from(method: str | Generator) -> Generator:
             "method", f"must be one of {known} or an instance of their classes", repr(method), "Pass one of them."
         )
     return Generator.registry[method]()
+
+
+def _conjugate_gradients(
+    generator: Generator, state: Tensor, targets: Sequence[tuple[View, float, Tensor]], steps: int = 500
+) -> Tensor:
+    """Least squares for a linear method, never holding more of its matrix than one weight."""
+
+    def pull(weights: Iterator[Tensor]) -> Tensor:
+        parts = zip(targets, weights, strict=True)
+        return torch.stack([generator.accumulate(w * scale, live, view) for (view, scale, _), w in parts]).sum(0)
+
+    live = state if generator.sparse else torch.ones_like(state)
+    found = torch.zeros_like(state)
+    residual = pull(target for _, _, target in targets)
+    direction, energy = residual.clone(), residual.square().sum()
+    enough = 1e-20 * energy
+    for _ in range(steps):
+        if energy <= enough:
+            break
+        there = pull(generator.materialize(direction, view, state.dtype) * scale for view, scale, _ in targets)
+        length = energy / (direction * there).sum()
+        found += length * direction
+        residual -= length * there
+        energy, before = residual.square().sum(), energy
+        direction = residual + energy / before * direction
+    return found

@@ -20,7 +20,16 @@ from torch import Tensor
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import GRAD, IS_LEAF, METADATA, RECORD, REQUIRES_GRAD, Step, rearrangement, writes
 from fxrpg.generator import View
-from fxrpg.lowering import LOWERINGS, Generated, NotLowered, current_mode, generate_weight, transforming
+from fxrpg.lowering import (
+    LOWERINGS,
+    Generated,
+    NotLowered,
+    Rule,
+    current_mode,
+    generate_weight,
+    transforming,
+    weight_dtype,
+)
 from fxrpg.trace import Trace
 
 
@@ -65,7 +74,8 @@ class Handle(Tensor):
         aliasing: bool = True,
     ) -> Handle:
         state = generated.state
-        like = torch.empty(generated.shape, dtype=state.dtype, device="meta") if like is None else like
+        dtype = weight_dtype(state, generated.scale)
+        like = torch.empty(generated.shape, dtype=dtype, device="meta") if like is None else like
         handle = Tensor._make_wrapper_subclass(
             cls, like.size(), strides=like.stride(), dtype=like.dtype, device=state.device
         )
@@ -103,7 +113,7 @@ class Handle(Tensor):
         size, stride, dtype = self._geometry()
         detached = state.requires_grad and not self.differentiable
         whole = torch.empty(self.generated.shape, device="meta")
-        if self.aliasing and not detached and dtype == state.dtype:
+        if self.aliasing and not detached and dtype == weight_dtype(state, self.generated.scale):
             if (size, stride) == (whole.size(), whole.stride()):
                 return self.generated
             if whole.dim() == 2 and (size, stride) == (whole.t().size(), whole.t().stride()):
@@ -189,9 +199,8 @@ class _Attach(torch.autograd.Function):
         grad = grads[0]
         if ctx.chain:
             with torch.enable_grad():
-                weight = torch.zeros(
-                    View.parse(ctx.view).shape, dtype=state.dtype, device=state.device, requires_grad=True
-                )
+                shape = View.parse(ctx.view).shape
+                weight = torch.zeros(shape, dtype=state.dtype, device=state.device, requires_grad=True)
                 (grad,) = torch.autograd.grad(_replay(weight, ctx.chain), weight, grad)
         return torch.ops.fxrpg.accumulate.default(grad, state, scale, ctx.view), None, None
 
@@ -240,10 +249,21 @@ def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     generated = weight.as_weight()
     if generated.transposed and not rule.transposable:
         raise NotLowered("the weight was transposed on the way")
+    args, kwargs = _with_bias(rule, args, rule.arguments(kwargs))
     if len(_handles((args, kwargs))) > 1:
         raise NotLowered("several generated tensors meet in this op")
-    args, kwargs = _replace_handles((args, rule.arguments(kwargs)), lambda handle: generated)
+    args, kwargs = _replace_handles((args, kwargs), lambda handle: generated)
     return rule.call(*args, **kwargs)
+
+
+def _with_bias(rule: Rule, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The call's arguments with a generated bias produced: it is added and gone, no lowered op keeps it."""
+    place = rule.bias_position
+    if place is not None and len(args) > place and isinstance(args[place], Handle):
+        args = (*args[:place], args[place].produce(), *args[place + 1 :])
+    if isinstance(bias := kwargs.get(rule.bias), Handle):
+        kwargs = kwargs | {rule.bias: bias.produce()}
+    return args, kwargs
 
 
 def _materialized(func: Any, args: Any, kwargs: dict[str, Any], handles: list[Handle]) -> Any:

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 SEED_LIMIT = 1 << 64
 
 # What a stream of random words is for; part of its key.
-PERMUTE, SIGN, CELL, INIT = 1, 2, 3, 4
+PERMUTE, SIGN, CELL, INIT, ROW, COLUMN, PROTOTYPE, SCORE = 1, 2, 3, 4, 5, 6, 7, 8
 
 _MASK, _MASK_64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _GOLDEN, _GOLDEN_64 = 0x9E3779B9, 0x9E3779B97F4A7C15  # 2^32 and 2^64 over the golden ratio
@@ -75,6 +75,26 @@ def words_at(index: Tensor, seed: int, *labels: int) -> Tensor:
     h = mix32(index.to(torch.int32) ^ _signed(outer))
     high = (index >> 32).to(torch.int32) * _signed(_GOLDEN)
     return mix32(h + high + _signed(inner))
+
+
+def crossed_words(rows: Tensor, columns: Tensor) -> Tensor:
+    """A word for every pair of a column's and a row's random word: int32 [columns, rows], one mixing round each.
+
+    A basis draws one word for each (element, group of basis vectors), by far the most words of all: the two streams are
+    hashed in full, their crossing once.
+    """
+    return _mix32_(columns[:, None] + rows[None, :])
+
+
+def _mix32_(h: Tensor) -> Tensor:
+    """`mix32` in place, with one temporary for the whole chain."""
+    shifted = torch.empty_like(h)
+    for shift, mask, factor in ((16, 0xFFFF, _MIX_1), (15, 0x1FFFF, _MIX_2), (16, 0xFFFF, 1)):
+        torch.bitwise_right_shift(h, shift, out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_(mask))
+        if factor != 1:
+            h.mul_(_signed(factor))
+    return h
 
 
 def near_normal(count: int, seed: int, *labels: int, chunk: int = 1 << 20) -> Tensor:

@@ -9,7 +9,8 @@ from torch import nn
 
 from fxrpg.assemble import plan_of, views_in
 from fxrpg.checkpoint import file_size
-from fxrpg.owner import DIGEST, SCALE
+from fxrpg.owner import DIGEST, SCALE, tensor_at
+from fxrpg.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +18,12 @@ class Ledger:
     """What a transformed model is made of.
 
     Args:
-        dof: free numbers that generate weights.
+        dof: free numbers that generate weights; of a PEMN mask the values of its prototype, which a seed stands for.
         generated: weights generated from them, none of them stored.
         dense: other parameters, stored as they are (frozen ones included).
-        trainable: `dof` and the dense parameters that require gradients.
+        trainable: numbers that require gradients: states (for masks a score a weight) and dense parameters.
         frozen: dense parameters that do not.
-        mask_bits: trained bits of masks (none for a ring).
+        mask_bits: trained bits of masks, one a weight (none for a ring or a basis).
         scales: fixed numbers, one a weight tensor.
         buffers: numbers in the model's own persistent buffers.
         padding: positions of the ring's address space that no weight fills (the ends of last blocks).
@@ -52,7 +53,7 @@ class Ledger:
             ["degrees of freedom", self.dof, f"{self.ratio:.4f} generated weights each"],
             ["generated weights", self.generated, "never stored"],
             ["dense parameters", self.dense, f"{self.frozen:,} of them frozen" if self.frozen else ""],
-            ["trainable in all", self.trainable, "degrees of freedom + dense"],
+            ["trainable in all", self.trainable, "states + dense"],
             ["mask bits", self.mask_bits, ""],
             ["scales", self.scales, "fixed, one a weight tensor"],
             ["buffers", self.buffers, "numbers in the model's own buffers"],
@@ -70,22 +71,33 @@ def ledger(model: nn.Module) -> Ledger:
         FxrpgError: `model` is not transformed.
     """
     plan = plan_of(model)
-    own = {plan.generator.state_name, SCALE, DIGEST}
+    states = set(plan.states)
+    own = {*states, SCALE, DIGEST}
     parameters = [p for name, p in model.named_parameters() if name not in own]
     dense, frozen = (sum(p.numel() for p in parameters if not (only and p.requires_grad)) for only in (False, True))
     saved = {id(t): t for name, t in model.state_dict(keep_vars=True).items() if name not in own}
     buffers = [t for t in saved.values() if not isinstance(t, nn.Parameter)]
     resident = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    masked = [view for name, view in views_in(model).items() if plan.scope(name).generator.masks]
     return Ledger(
-        dof=plan.size,
+        dof=_dof(model, plan),
         generated=sum(view.count for view in views_in(model).values()),
         dense=dense,
-        trainable=plan.size + dense - frozen,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         frozen=frozen,
-        mask_bits=0,
+        mask_bits=sum(view.count for view in masked),
         scales=len(plan.views),
         buffers=sum(t.numel() for t in buffers),
         padding=plan.padding,
         bytes_stored=file_size(model),
         bytes_resident=sum(t.nbytes for t in resident.values()),
     )
+
+
+def _dof(model: nn.Module, plan: Plan) -> int:
+    """Degrees of freedom, of a pruned state those that are left."""
+    dof = sum(scope.size for scope in plan.scopes if scope.frozen or not scope.generator.sparse)
+    for state, (name, *_) in plan.states.items():
+        if plan.scope(name).generator.sparse and not plan.scope(name).frozen:
+            dof += int((tensor_at(model, state) != 0).sum())
+    return dof

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,6 +92,13 @@ class Rule:
     keyword: str
     transposable: bool
     role: Callable[..., Role] | None
+    bias: str
+
+    @functools.cached_property
+    def bias_position(self) -> int | None:
+        """Where `call` takes a bias; None for an op without one."""
+        names = list(inspect.signature(self.call).parameters)
+        return names.index(self.bias) if self.bias in names else None
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments as `call` names them. Raises NotLowered for one that it does not know (`out`, say)."""
@@ -114,6 +122,7 @@ def lowers(
     keyword: str = "weight",
     transposable: bool = False,
     role: Callable[..., Role] | None = None,
+    bias: str = "bias",
 ) -> Callable:
     """Register the decorated function as the lowering of `targets` (torch functions or ATen overloads).
 
@@ -122,11 +131,12 @@ def lowers(
         keyword: its name when given by keyword.
         transposable: whether the rule also takes a weight that was transposed on the way.
         role: (shape, transposed, *arguments of the call) -> the role of a parameter that is this op's weight in a graph.
+        bias: the name of the function's argument that is added to the output; it may be generated too.
     """
 
     def register(call: Callable[..., Any]) -> Callable[..., Any]:
         for target in targets:
-            LOWERINGS[target] = Rule(call, position, keyword, transposable, role)
+            LOWERINGS[target] = Rule(call, position, keyword, transposable, role, bias)
         return call
 
     return register
@@ -173,14 +183,19 @@ def scale_of(scale: Tensor, view: View) -> Tensor:
     return decode_scales(scale[view.tensor])
 
 
+def weight_dtype(state: Tensor, scale: Tensor) -> torch.dtype:
+    """The type of weights: the state's; of a frozen state, which is bytes, that of the scales, which casts follow too."""
+    return state.dtype if state.is_floating_point() else scale.dtype
+
+
 def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight of the view `text`, scaled, in `dtype` (the state's by default): the one place where weights come to be.
+    """The weight of the view `text`, scaled, in `dtype` (`weight_dtype` by default): the one place where weights come to be.
 
     The scale is one float32 multiplication (float64 for float64), then one rounding to `dtype`.
     """
     view = View.parse(text)
-    dtype = dtype or state.dtype
-    values = view.generator.materialize(state, view, dtype)
+    dtype = dtype or weight_dtype(state, scale)
+    values = view.narrowed(view.generator.materialize(state, view.whole, dtype))
     if dtype.itemsize >= 4:
         return values.mul_(scale_of(scale, view))
     return values.float().mul_(scale_of(scale, view)).to(dtype)
@@ -190,7 +205,8 @@ def plain_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype | N
     """`generate_weight` in plain torch ops that autograd and torch.func follow: slow, saves what it likes, the reference."""
     view = View.parse(text)
     wide = torch.promote_types(state.dtype, torch.float32)
-    return (view.generator.reference(state, view).to(wide) * scale_of(scale, view).to(wide)).to(dtype or state.dtype)
+    values = view.narrowed(view.generator.reference(state, view.whole))
+    return (values.to(wide) * scale_of(scale, view).to(wide)).to(dtype or state.dtype)
 
 
 def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -> Tensor:
@@ -198,5 +214,12 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     view = View.parse(text)
     wide = torch.promote_types(grad.dtype, torch.promote_types(state.dtype, torch.float32))
     grad = grad.to_dense() if grad.layout != torch.strided else grad
-    scaled = grad.to(wide) * scale_of(scale, view)
-    return view.generator.accumulate(scaled, state, view).to(state.dtype)
+    scaled = view.widened(grad.to(wide) * scale_of(scale, view))
+    return view.generator.accumulate(scaled, state, view.whole).to(state.dtype)
+
+
+def tangent_weight(direction: Tensor, state: Tensor, scale: Tensor, text: str) -> Tensor:
+    """The derivative of the scaled weight along a direction of the state: the adjoint of `accumulate_gradient`."""
+    view = View.parse(text)
+    values = view.narrowed(view.generator.tangent(direction, state.detach(), view.whole))
+    return values * scale_of(scale, view).to(values.dtype)

@@ -16,16 +16,16 @@ from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import View
 from fxrpg.handle import Handle
 from fxrpg.lowering import LAYERS, Generated
+from fxrpg.plan import Plan
 from fxrpg.trace import Trace
 
 SCALE = "fxrpg_scale"
 DIGEST = "fxrpg_digest"
 PLAN = "_fxrpg_plan"
 TRACE = "_fxrpg_trace"
-_LINK = "_fxrpg_link"
+LINK = "_fxrpg_link"
 
 
 class Link:
@@ -34,35 +34,37 @@ class Link:
     def __init__(self, root: nn.Module, order: list[str]) -> None:
         self.root = root
         self.order = order  # the names of the owner's parameters before any was taken out
-        self.weights: dict[str, tuple[str, str, str, tuple[int, ...]]] = {}  # attribute -> name, state, view, shape
+        # attribute -> name, dotted name of its state from the root, view, shape
+        self.weights: dict[str, tuple[str, str, str, tuple[int, ...]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A graph module pickles its submodules before itself: it joins them again when it comes back.
         return self.__dict__ | ({"root": None} if isinstance(self.root, fx.GraphModule) else {})
 
 
-def own(root: nn.Module, weights: Iterable[tuple[str, nn.Module, str, View]], trace: Trace) -> None:
-    """Take each (name, owner, attribute, view)'s parameter out of its owner, which then reads it from the root's state.
+def own(root: nn.Module, plan: Plan, weights: Iterable[tuple[str, nn.Module, str]], trace: Trace) -> None:
+    """Take each (name, owner, attribute)'s parameter out of its owner, which then generates it.
 
-    The root must hold the state and the scales as `View.generator.state_name` and `fxrpg_scale`.
+    The root must hold the states that the plan names, and the scales as `fxrpg_scale`.
     """
     root.__dict__[TRACE] = trace
     owners: dict[int, nn.Module] = {}
-    for name, owner, attribute, view in weights:
-        link = owner.__dict__.setdefault(_LINK, Link(root, list(owner._parameters)))
-        link.weights[attribute] = name, view.generator.state_name, view.text, view.shape
+    for name, owner, attribute in weights:
+        link = owner.__dict__.setdefault(LINK, Link(root, list(owner._parameters)))
+        view = plan.views[name]
+        link.weights[attribute] = name, plan.state_of(name), view.text, view.shape
         owner._parameters.pop(attribute, None)
         owners[id(owner)] = owner
     for owner in owners.values():
         if isinstance(owner, nn.RNNBase):
             owner.__dict__.pop("_flat_weights", None)  # a property of the generated class from here on
         base: Any = type(owner)
-        owner.__class__ = owner_class(base, tuple(owner.__dict__[_LINK].weights))
+        owner.__class__ = owner_class(base, tuple(owner.__dict__[LINK].weights))
 
 
 def disown(owner: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     """Make `owner` an ordinary module again, with `weights` (attribute -> parameter) at their old places."""
-    link: Link = owner.__dict__.pop(_LINK)
+    link: Link = owner.__dict__.pop(LINK)
     owner.__class__ = plain_class(owner)
     parameters = owner._parameters | weights
     owner._parameters.clear()
@@ -115,7 +117,7 @@ def _check_digest(module: nn.Module, state_dict: Mapping[str, Any], prefix: str,
 
 def link_of(module: nn.Module) -> Link | None:
     """The module's link, if it owns generated weights."""
-    return module.__dict__.get(_LINK)
+    return module.__dict__.get(LINK)
 
 
 def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -127,10 +129,17 @@ def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def generated_of(owner: nn.Module, attribute: str) -> Generated:
-    """The weight as a lowering takes it: the root's state and scales as they are now, and the view."""
+    """The weight as a lowering takes it: its state and the root's scales as they are now, and the view."""
     link: Any = owner._fxrpg_link
     _name, state, text, shape = link.weights[attribute]
-    return Generated(getattr(link.root, state), link.root.fxrpg_scale, text, shape)
+    return Generated(tensor_at(link.root, state), link.root.fxrpg_scale, text, shape)
+
+
+def tensor_at(root: nn.Module, name: str) -> Any:
+    """The parameter or buffer with this dotted name."""
+    for part in name.split("."):
+        root = getattr(root, part)
+    return root
 
 
 def read(owner: nn.Module, attribute: str) -> Tensor:
@@ -156,7 +165,7 @@ def owner_class(base: Any, attributes: tuple[str, ...]) -> Any:
     namespace |= {"_fxrpg_base": base, "_fxrpg_attributes": attributes, "__reduce_ex__": _reduce}
     # under the module's own name torch.fx keeps torch's layers as leaves
     namespace |= {"register_parameter": _register_parameter, "__module__": base.__module__}
-    if (stock := stock_layer(base)) and attributes == ("weight",):
+    if (stock := stock_layer(base)) and "weight" in attributes and {*attributes} <= {"weight", "bias"}:
         namespace["forward"] = _compilable_forward(base, LAYERS[stock])
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = property(_flat_weights, lambda self, value: None)

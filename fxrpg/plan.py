@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
+import dataclasses
 import hashlib
 import json
 import operator
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,57 +17,8 @@ from torch import Tensor, nn
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator, View
 from fxrpg.hashing import FORMAT_VERSION, PERMUTE, SEED_LIMIT, SIGN, derive_key, random_words
-from fxrpg.roles import LAYER_KINDS, Refusal, Role, parametrized_layers, raw_role, role_of
-
-GENERATE, DENSE = "generate", "dense"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of a plan; the first line that matches a parameter decides.
-
-    Args:
-        pattern: a glob on parameter names ("layer1.*"; `*` crosses dots), a regular expression after "re:", or a function
-            (name, parameter) -> bool.
-        action: "generate" (any eligible weight; with a plain name, any trainable parameter of two or more dimensions) or
-            "dense".
-    """
-
-    pattern: str | Callable[[str, Tensor], bool]
-    action: str
-
-    def __post_init__(self) -> None:
-        if self.action not in (GENERATE, DENSE):
-            raise FxrpgError(
-                f"Rule({self.pattern!r}, ...)",
-                "the action must be 'generate' or 'dense'",
-                repr(self.action),
-                "Pass one.",
-            )
-        if not isinstance(self.pattern, str) and not callable(self.pattern):
-            fix = 'Write fxrpg.Rule("layer1.*", "dense").'
-            raise FxrpgError(
-                f"Rule({self.pattern!r}, ...)", "the pattern must be a string or a function", "neither", fix
-            )
-        if isinstance(self.pattern, str) and self.pattern.startswith("re:"):
-            try:
-                re.compile(self.pattern[3:])
-            except re.error as e:
-                raise FxrpgError(
-                    f"Rule({self.pattern!r}, ...)", "needs a regular expression after 're:'", str(e), "Correct it."
-                ) from None
-
-    def matches(self, name: str, parameter: Tensor) -> bool:
-        """Whether the rule decides about the parameter called `name`."""
-        if not isinstance(self.pattern, str):
-            return bool(self.pattern(name, parameter))
-        if self.pattern.startswith("re:"):
-            return re.fullmatch(self.pattern[3:], name) is not None
-        return fnmatch.fnmatchcase(name, self.pattern)
-
-    def __str__(self) -> str:
-        pattern = self.pattern if isinstance(self.pattern, str) else getattr(self.pattern, "__name__", "function")
-        return f"{pattern} -> {self.action}"
+from fxrpg.roles import LAYER_KINDS, PLAIN_KINDS, Refusal, Role, parametrized_layers, raw_role, role_of
+from fxrpg.rule import DENSE, Rule
 
 
 @dataclass(frozen=True)
@@ -87,27 +37,48 @@ class Candidate:
         return min(self.names)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The resolved table: everything that, with the state and the scales, makes up the generated weights.
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """Weights that share a method, its settings and its degrees of freedom.
 
     Args:
+        name: "" for the whole model; else what the weights have in common, such as "layer1.0".
         generator: the method and its settings.
+        size: degrees of freedom.
+        state: name of the root's tensor that is the state; where each weight has its own, the ending of their names.
+        frozen: whether the state is packed for inference: bytes, not trained.
+    """
+
+    name: str
+    generator: Generator
+    size: int
+    state: str
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved table: everything that, with the states and the scales, makes up the generated weights.
+
+    Args:
         seed: 0 <= seed < 2^64.
-        size: length of the state.
+        scopes: who shares what.
         views: name -> view, in the model's order.
+        scope_of: name -> index of its scope.
         names: name -> all names of that (tied) weight.
         dense: name -> why the parameter is not generated.
         rules: the rules that led here, as text.
+        channels: path of a module whose channels were pruned -> the indices left of its (outputs, inputs); () is all.
     """
 
-    generator: Generator
     seed: int
-    size: int
+    scopes: tuple[Scope, ...]
     views: dict[str, View]
+    scope_of: dict[str, int]
     names: dict[str, tuple[str, ...]]
     dense: dict[str, str] = field(default_factory=dict)
     rules: tuple[str, ...] = ()
+    channels: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def generated(self) -> int:
@@ -115,14 +86,47 @@ class Plan:
         return sum(view.count for view in self.views.values())
 
     @property
+    def size(self) -> int:
+        """Degrees of freedom of all scopes."""
+        return sum(scope.size for scope in self.scopes)
+
+    @property
     def padding(self) -> int:
         """Positions of the address space that no weight fills: the ends of last blocks."""
-        return sum(self.generator.extents([v.count])[0] - v.count for v in self.views.values())
+        whole = [view.whole for view in self.views.values()]
+        return sum(v.generator.extents([v.count])[0] - v.count for v in whole)
+
+    def scope(self, name: str) -> Scope:
+        """The scope of the weight called `name`."""
+        return self.scopes[self.scope_of[name]]
+
+    def state_of(self, name: str) -> str:
+        """The dotted name, from the root, of the tensor that is the state of the weight called `name`."""
+        scope = self.scope(name)
+        return name + scope.state if scope.generator.local else scope.state
+
+    @property
+    def states(self) -> dict[str, list[str]]:
+        """Name of each state tensor -> the weights that read it, in the order of their ids."""
+        found: dict[str, list[str]] = {}
+        for name, _view in sorted(self.views.items(), key=lambda item: item[1].tensor):
+            found.setdefault(self.state_of(name), []).append(name)
+        return found
+
+    def with_scopes(self, change: Callable[[Scope], Scope]) -> Plan:
+        """This plan with other settings in its scopes, and so in their views."""
+        scopes = tuple(change(scope) for scope in self.scopes)
+        views = {
+            name: dataclasses.replace(view, generator=(own := scopes[self.scope_of[name]]).generator, size=own.size)
+            for name, view in self.views.items()
+        }
+        return dataclasses.replace(self, scopes=scopes, views=views)
 
     def digest(self) -> str:
-        """SHA-256 over seed, method, table and the random functions' first draws: what a state only fits together with."""
-        fields = {name: view.fields() for name, view in sorted(self.views.items())}
-        content = {"views": fields, "size": self.size, "draws": first_draws(self.seed)}
+        """SHA-256 over seed, methods, table and the random functions' first draws: what states only fit together with."""
+        fields = {name: view.fields() | {"state": self.state_of(name)} for name, view in sorted(self.views.items())}
+        frozen = [scope.frozen for scope in self.scopes]
+        content = {"channels": self.channels, "views": fields, "frozen": frozen, "draws": first_draws(self.seed)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -169,28 +173,47 @@ def candidates(model: nn.Module, roles: Mapping[str, Role]) -> list[Candidate]:
     return list(found.values())
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A parameter to generate.
+
+    Args:
+        candidate: the parameter.
+        role: what it is to its layer.
+        generator: the method.
+        rule: the rule that chose it, where that gives it a state apart from the rest of the model.
+    """
+
+    candidate: Candidate
+    role: Role
+    generator: Generator
+    rule: Rule | None
+
+
 def choose(
     found: Sequence[Candidate], generator: Generator, rules: Sequence[Rule]
-) -> tuple[list[tuple[Candidate, Role]], dict[str, str]]:
-    """The candidates to generate, each with its role, and for all others (by name) the reason why not.
+) -> tuple[list[Choice], dict[str, str]]:
+    """The candidates to generate, and for all others (by name) the reason why not.
 
     Raises:
         FxrpgError: a rule that matches nothing, comes too late, or would generate nothing it matches; an empty plan.
     """
     layers = [place for candidate in found for place in candidate.layers]
     ends = {min(layers), max(layers)} if layers and generator.keeps_ends else set()
-    chosen: list[tuple[Candidate, Role]] = []
+    chosen: list[Choice] = []
     dense: dict[str, str] = {}
     outcomes: dict[Rule, list[Role | str]] = {rule: [] for rule in rules}
     matched: set[Rule] = set()
     for candidate in found:
         hits = [rule for rule in rules if any(rule.matches(n, candidate.parameter) for n in candidate.names)]
         matched |= set(hits)
-        outcome = _decide(candidate, hits[0] if hits else None, ends)
-        if hits:
-            outcomes[hits[0]].append(outcome)
+        rule = hits[0] if hits else None
+        method = (rule.generator if rule else None) or generator
+        outcome = _decide(candidate, rule, ends, method)
+        if rule:
+            outcomes[rule].append(outcome)
         if isinstance(outcome, Role):
-            chosen.append((candidate, outcome))
+            chosen.append(Choice(candidate, outcome, method, rule if rule and rule.own_state else None))
         else:
             dense[candidate.name] = outcome
     for rule in rules:
@@ -205,11 +228,13 @@ def choose(
     return chosen, dense
 
 
-def _decide(candidate: Candidate, rule: Rule | None, ends: set[int]) -> Role | str:
+def _decide(candidate: Candidate, rule: Rule | None, ends: set[int], generator: Generator) -> Role | str:
     """The role in which the candidate is generated, or the reason why it stays dense."""
     role, parameter = candidate.role, candidate.parameter
     if rule is not None and rule.action == DENSE:
         return f"rule {rule}"
+    if isinstance(role, Role) and role.kind in PLAIN_KINDS and role.kind not in generator.kinds:
+        role = None
     if role is None and rule is not None and rule.pattern in candidate.names and parameter.dim() >= 2:
         role = raw_role(tuple(parameter.shape))
     if role is None:
@@ -222,7 +247,7 @@ def _decide(candidate: Candidate, rule: Rule | None, ends: set[int]) -> Role | s
         return "empty"
     if not parameter.is_floating_point():
         return f"of type {parameter.dtype}"
-    if rule is None and role.kind not in LAYER_KINDS:
+    if rule is None and role.kind not in generator.kinds:
         return f"the default takes conv and linear weights, not {role.kind} ones"
     if rule is None and ends & set(candidate.layers):
         return "the default leaves the first and the last layer dense"
@@ -245,7 +270,7 @@ def _check_rule(rule: Rule, matched: bool, outcomes: list[Role | str]) -> None:
             "Put it before them: the first rule that matches counts.",
         )
     refused = [outcome for outcome in outcomes if isinstance(outcome, str)]
-    if rule.action == GENERATE and refused and len(refused) == len(outcomes):
+    if rule.action != DENSE and refused and len(refused) == len(outcomes):
         raise FxrpgError(
             f"plan rule {rule}",
             "must match a weight that can be generated",
@@ -262,23 +287,3 @@ def _most_common(reasons: Iterable[str]) -> str:
         "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items(), key=lambda item: -item[1]))
         or "no parameter"
     )
-
-
-def lay_out(chosen: Sequence[tuple[Candidate, Role]], generator: Generator, seed: int) -> dict[str, View]:
-    """A view for each chosen weight. Ids and offsets follow the names' code-point order, so they do not depend on traversal."""
-    by_name = sorted(chosen, key=lambda pair: pair[0].name)
-    extents = generator.extents([candidate.parameter.numel() for candidate, _ in by_name])
-    views: dict[str, View] = {}
-    offset = 0
-    for tensor, ((candidate, role), extent) in enumerate(zip(by_name, extents, strict=True)):
-        views[candidate.name] = View(
-            generator=generator,
-            seed=seed,
-            tensor=tensor,
-            shape=tuple(candidate.parameter.shape),
-            order=role.order,
-            offset=offset,
-            total=sum(extents),
-        )
-        offset += extent
-    return {candidate.name: views[candidate.name] for candidate, _ in chosen}

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-LAYER_KINDS = ("conv", "linear")  # what the methods' default plans speak of
+LAYER_KINDS = ("conv", "linear")  # whose first and last layer some methods leave dense
+PLAIN_KINDS = ("bias", "norm")  # what is generated only by methods that say so
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Role:
     """A weight's place in its layer.
 
     Args:
-        kind: "linear", "conv", "embedding", "bilinear", "rnn" or "raw".
+        kind: "linear", "conv", "embedding", "bilinear", "rnn" or "raw"; or "bias" or "norm", which are no weights.
         order: the axes of PyTorch's shape in logical order (out, kernel..., in), the fastest-running last.
         std: standard deviation that the layer's default initialiser gives (used where the weight itself has none to show).
     """
@@ -37,6 +38,8 @@ class Refusal:
 
     reason: str
 
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 _Finder = Callable[[Any, str, tuple[int, ...]], Role | Refusal | None]
 _FINDERS: list[tuple[type, _Finder]] = []
@@ -94,6 +97,11 @@ def bilinear_role(shape: tuple[int, ...], transposed: bool = False, *_: Any) -> 
     return Role("bilinear", (0, 1, 2), _uniform(shape[1]))
 
 
+def bias_role(std: float) -> Role:
+    """A bias, drawn like the weight that it goes with."""
+    return Role("bias", (0,), std)
+
+
 def _uniform(fan: int) -> float:
     """Deviation of U(+-1/sqrt(fan)), PyTorch's default for linear, convolution, bilinear and recurrent weights."""
     return 1 / sqrt(3 * max(fan, 1))
@@ -106,6 +114,8 @@ def _names(attribute: str) -> tuple[str, ...]:
 
 @finds_roles(nn.Linear)
 def _linear(owner: nn.Linear, attribute: str, shape: tuple[int, ...]) -> Role | None:
+    if attribute == "bias":
+        return bias_role(_uniform(owner.in_features))
     found = attribute in _names("weight") and shape == (owner.out_features, owner.in_features)
     return linear_role(shape) if found else None
 
@@ -113,6 +123,8 @@ def _linear(owner: nn.Linear, attribute: str, shape: tuple[int, ...]) -> Role | 
 @finds_roles(nn.modules.conv._ConvNd)
 def _conv(owner: nn.modules.conv._ConvNd, attribute: str, shape: tuple[int, ...]) -> Role | None:
     ends = (owner.in_channels, owner.out_channels) if owner.transposed else (owner.out_channels, owner.in_channels)
+    if attribute == "bias":
+        return bias_role(_uniform(ends[1] // owner.groups * prod(owner.kernel_size)))
     found = attribute in _names("weight") and shape == (ends[0], ends[1] // owner.groups, *owner.kernel_size)
     return conv_role(shape, owner.transposed) if found else None
 
@@ -131,6 +143,8 @@ def _bilinear(owner: nn.Bilinear, attribute: str, shape: tuple[int, ...]) -> Rol
 
 @finds_roles(nn.MultiheadAttention)
 def _attention(owner: nn.MultiheadAttention, attribute: str, shape: tuple[int, ...]) -> Role | None:
+    if attribute == "in_proj_bias":
+        return bias_role(_uniform(owner.embed_dim))
     if attribute not in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return None
     return Role("linear", (0, 1), sqrt(2 / (shape[0] + shape[1])))  # Xavier's rule, this module's own
@@ -141,3 +155,11 @@ def _recurrent(owner: nn.RNNBase, attribute: str, shape: tuple[int, ...]) -> Rol
     if not attribute.startswith(("weight_ih", "weight_hh", "weight_hr")) or len(shape) != 2:
         return None
     return Role("rnn", (0, 1), _uniform(owner.hidden_size))
+
+
+@finds_roles(*NORMS)
+def _norm(owner: nn.Module, attribute: str, shape: tuple[int, ...]) -> Role | None:
+    """Affine parameters: torch starts them at one and zero, which have no deviation; ones of it, and of a bias, stand in."""
+    if attribute not in ("weight", "bias"):
+        return None
+    return Role("norm", tuple(range(len(shape))), 1.0 if attribute == "weight" else _uniform(prod(shape)))

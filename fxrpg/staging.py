@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxrpg.generator import View
-from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight, transforming
+from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight, transforming, weight_dtype
 
 LIBRARY = torch.library.Library("fxrpg", "DEF")
 
@@ -91,7 +91,7 @@ class _Staged:
 
     def _run(self, args: Any, produce: Callable[..., Tensor]) -> Tensor:
         xs, (bias, state, scale, text), config = args[: self.n], args[self.n : self.n + 4], args[self.n + 4 :]
-        return self.dense.forward(*xs, produce(state, scale, text, _compute_dtype(xs, state)), bias, *config)
+        return self.dense.forward(*xs, produce(state, scale, text, _compute_dtype(xs, state, scale)), bias, *config)
 
     def backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return self._run_backward(grad, args, generate_weight, accumulate_gradient)
@@ -107,7 +107,7 @@ class _Staged:
         xs, (state, scale, text), config = args[:n], args[n : n + 3], args[n + 3 : -1]
         grads: list[Tensor | None] = [None] * (n + 2)
         if any(needed[:n]):
-            weight = produce(state, scale, text, _compute_dtype(xs, state))
+            weight = produce(state, scale, text, _compute_dtype(xs, state, scale))
             grads[:n] = dense.input_grads(grad, xs, weight, needed[:n], *config)
             del weight
         if needed[n]:
@@ -118,13 +118,19 @@ class _Staged:
         return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[: self.n + 3])  # inputs, bias, state, scale: never a weight
+        # inputs, state, scale: never a weight, nor a bias, which may be generated too
+        ctx.save_for_backward(*inputs[: self.n], *inputs[self.n + 1 : self.n + 3])
+        bias = inputs[self.n]
+        ctx.bias = None if bias is None else (tuple(bias.shape), bias.dtype, bias.device)
         ctx.text, ctx.config = inputs[self.n + 3], inputs[self.n + 4 :]
 
     def differentiate(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        *xs, bias, state, scale = ctx.saved_tensors
+        *xs, state, scale = ctx.saved_tensors
         needed = [bool(need) for need in ctx.needs_input_grad[: self.n + 2]]
         if torch.is_grad_enabled():  # create_graph=True: a gradient that can itself be differentiated
+            shape, dtype, device = ctx.bias or ((0,), None, None)
+            # whatever the bias was: what is added has no part in any gradient
+            bias = torch.zeros(shape, dtype=dtype, device=device, requires_grad=needed[-2]) if ctx.bias else None
             grads = self._differentiable(grad, (*xs, bias, state, scale, ctx.text, *ctx.config), needed)
         else:
             out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)
@@ -145,8 +151,8 @@ class _Staged:
         return [next(found) if need else None for need in needed]
 
     def autocast(self, *args: Any) -> Tensor:
-        device, state = args[0].device.type, args[self.n + 1]
-        target = torch.get_autocast_dtype(device) if self.dense.autocast == "lower" else state.dtype
+        device, own = args[0].device.type, weight_dtype(*args[self.n + 1 : self.n + 3])
+        target = torch.get_autocast_dtype(device) if self.dense.autocast == "lower" else own
         cast = [_autocast_to(x, target) for x in args[: self.n + 1]]
         with torch.autocast(device, enabled=False):
             return self.op(*cast, *args[self.n + 1 :])
@@ -177,9 +183,9 @@ def autograd_kernel(
     return kernel
 
 
-def _compute_dtype(xs: tuple[Tensor, ...], state: Tensor) -> torch.dtype:
+def _compute_dtype(xs: tuple[Tensor, ...], state: Tensor, scale: Tensor) -> torch.dtype:
     """The first input's type where it is a floating one (an embedding's indices are not)."""
-    return xs[0].dtype if xs[0].is_floating_point() else state.dtype
+    return xs[0].dtype if xs[0].is_floating_point() else weight_dtype(state, scale)
 
 
 def _autocast_to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -12,18 +12,25 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxrpg.generator import View
-from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight
+from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight, tangent_weight, weight_dtype
 from fxrpg.staging import LIBRARY, autograd_kernel
 
 LIBRARY.define("generate(Tensor state, Tensor scale, str view) -> Tensor")
 LIBRARY.define("accumulate(Tensor grad, Tensor state, Tensor scale, str view) -> Tensor")
+LIBRARY.define("tangent(Tensor direction, Tensor state, Tensor scale, str view) -> Tensor")
 LIBRARY.impl("generate", generate_weight, "CompositeExplicitAutograd")
+LIBRARY.impl("tangent", tangent_weight, "CompositeExplicitAutograd")
 LIBRARY.impl("accumulate", accumulate_gradient, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fxrpg::generate", lib=LIBRARY)
 def generate_fake(state: Tensor, scale: Tensor, view: str) -> Tensor:
-    return state.new_empty(View.parse(view).shape)
+    return state.new_empty(View.parse(view).shape, dtype=weight_dtype(state, scale))
+
+
+@torch.library.register_fake("fxrpg::tangent", lib=LIBRARY)
+def tangent_fake(direction: Tensor, state: Tensor, scale: Tensor, view: str) -> Tensor:
+    return direction.new_empty(View.parse(view).shape)
 
 
 @torch.library.register_fake("fxrpg::accumulate", lib=LIBRARY)
@@ -63,13 +70,22 @@ def _differentiate_generate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _grad, _state, scale, ctx.view = inputs
-    ctx.save_for_backward(scale)
+    _grad, state, scale, ctx.view = inputs
+    ctx.save_for_backward(state, scale)
 
 
 def _differentiate_accumulate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    # accumulate is linear in the weight's gradient, and generate is its adjoint
-    return torch.ops.fxrpg.generate.default(grad, *ctx.saved_tensors, ctx.view), None, None, None
+    # accumulate is linear in the weight's gradient; how it depends on the state is of no smooth kind
+    return torch.ops.fxrpg.tangent.default(grad, *ctx.saved_tensors, ctx.view), None, None, None
+
+
+def _save_tangent(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _direction, state, scale, ctx.view = inputs
+    ctx.save_for_backward(state, scale)
+
+
+def _differentiate_tangent(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return torch.ops.fxrpg.accumulate.default(grad, *ctx.saved_tensors, ctx.view), None, None, None
 
 
 def _plain_accumulate(grad: Tensor, state: Tensor, scale: Tensor, view: str) -> Tensor:
@@ -78,11 +94,19 @@ def _plain_accumulate(grad: Tensor, state: Tensor, scale: Tensor, view: str) -> 
     return pull(grad)[0]
 
 
+def _plain_tangent(direction: Tensor, state: Tensor, scale: Tensor, view: str) -> Tensor:
+    return torch.func.jvp(lambda s: plain_weight(s, scale, view), (state,), (direction,))[1]
+
+
 _generate_kernel = autograd_kernel(
     torch.ops.fxrpg.generate.default, _save_generate, _differentiate_generate, plain_weight
 )
 _accumulate_kernel = autograd_kernel(
     torch.ops.fxrpg.accumulate.default, _save_accumulate, _differentiate_accumulate, _plain_accumulate
 )
+_tangent_kernel = autograd_kernel(
+    torch.ops.fxrpg.tangent.default, _save_tangent, _differentiate_tangent, _plain_tangent
+)
 LIBRARY.impl("generate", _generate, "Autograd")
+LIBRARY.impl("tangent", _tangent_kernel, "Autograd")
 LIBRARY.impl("accumulate", _accumulate_kernel, "Autograd")

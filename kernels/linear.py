@@ -69,7 +69,10 @@ def matmul(input: Any, weight: Generated) -> Any:
     return torch.ops.fxrpg.linear.default(input, None, *weight[:3], not weight.transposed)
 
 
-@lowers(torch.addmm, aten.addmm.default, position=2, keyword="mat2", transposable=True, role=product_role)
+@lowers(
+    torch.addmm, aten.addmm.default,
+    position=2, keyword="mat2", transposable=True, role=product_role, bias="input",
+)  # fmt: skip
 def addmm(input: Any, mat1: Any, weight: Generated, *, beta: float = 1, alpha: float = 1) -> Any:
     """bias + x @ W, as torch.export and GPT-2's Conv1D write a linear layer."""
     if beta != 1 or alpha != 1:

@@ -12,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxrpg.generator import View
 from fxrpg.handle import handle_of
 from fxrpg.lowering import LOWERINGS, Generated, NotLowered, Rule, current_mode
+from fxrpg.staging import DENSE_OPS
 
 aten = torch.ops.aten
 GENERATE = torch.ops.fxrpg.generate.default
@@ -23,19 +24,21 @@ REASONS = "fxrpg_reasons"
 def lower(gm: fx.GraphModule) -> PassResult:
     """Replace `op(x, generate(...))` by the lowering of `op`, and every generate that is left by a handle on the view.
 
-    Idempotent: afterwards no generate is left.
+    Idempotent: afterwards a generate is left only as the bias of a lowered op, which adds it and does not keep it.
     """
-    generates = list(gm.graph.find_nodes(op="call_function", target=GENERATE))
+    generates = [node for node in gm.graph.find_nodes(op="call_function", target=GENERATE) if _other_users(node)]
+    reasons: dict[fx.Node, str] = {}
     for generate in generates:
         arguments: Any = generate.args
         state, scale, view = arguments
         matrix = len(View.parse(view).shape) == 2
         transposes = [user for user in generate.users if matrix and transposes_matrix(user)]
-        reasons = _lower_users(gm.graph, generate, Generated.of(state, scale, view), skip=transposes)
+        reasons |= _lower_users(gm.graph, generate, Generated.of(state, scale, view), skip=transposes)
         for transpose in transposes:
             reasons |= _lower_users(gm.graph, transpose, Generated.of(state, scale, view, transposed=True), skip=[])
             if not transpose.users:
                 gm.graph.erase_node(transpose)
+    for generate in generates:
         _defer(gm.graph, generate, reasons)
     if generates:
         gm.graph.lint()
@@ -43,15 +46,25 @@ def lower(gm: fx.GraphModule) -> PassResult:
     return PassResult(gm, bool(generates))
 
 
-def _lower_users(graph: fx.Graph, weight: fx.Node, generated: Generated, skip: list[fx.Node]) -> dict[str, str]:
-    """Lower each node that consumes `weight`; for those that are left, op -> why."""
-    reasons: dict[str, str] = {}
+def _other_users(generate: fx.Node) -> list[fx.Node]:
+    """Nodes that take the generated tensor as anything but the bias of a lowered op."""
+    return [user for user in generate.users if not _is_bias(user, generate)]
+
+
+def _is_bias(call: fx.Node, generate: fx.Node) -> bool:
+    dense: Any = DENSE_OPS.get(call.target)
+    return dense is not None and call.args[len(dense.inputs)] is generate and call.args.count(generate) == 1
+
+
+def _lower_users(graph: fx.Graph, weight: fx.Node, generated: Generated, skip: list[fx.Node]) -> dict[fx.Node, str]:
+    """Lower each node that consumes `weight`; for those that are left, why."""
+    reasons: dict[fx.Node, str] = {}
     for user in list(weight.users):
         if user not in skip:
             try:
                 _lower_call(graph, user, weight, generated)
             except NotLowered as reason:
-                reasons[op_name(user)] = str(reason)
+                reasons[user] = str(reason)
     return reasons
 
 
@@ -105,11 +118,16 @@ def transposes_matrix(node: fx.Node) -> bool:
     return target is getattr and rest in (("T",), ("mT",))
 
 
-def _defer(graph: fx.Graph, generate: fx.Node, reasons: dict[str, str]) -> None:
+def _defer(graph: fx.Graph, generate: fx.Node, reasons: dict[fx.Node, str]) -> None:
     """Put a handle in the place of a generate that is still used: its consumers materialize it when they run."""
-    if generate.users:
+    others = _other_users(generate)
+    if others:
         with graph.inserting_before(generate):
             handle = graph.call_function(handle_of, (*generate.args, generate.meta["fxrpg_name"]))
-        handle.meta = {**generate.meta, REASONS: reasons}
-        generate.replace_all_uses_with(handle)
-    graph.erase_node(generate)
+        turned = [reader for user in others if transposes_matrix(user) for reader in user.users]
+        why = {op_name(user): reasons[user] for user in (*others, *turned) if user in reasons}
+        handle.meta = {**generate.meta, REASONS: why}
+        for user in others:
+            user.replace_input_with(generate, handle)
+    if not generate.users:
+        graph.erase_node(generate)

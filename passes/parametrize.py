@@ -29,7 +29,7 @@ def parametrize(plan: Plan) -> Callable[[fx.GraphModule], PassResult]:
             name, view = views[node.target]
             if name not in made:
                 with gm.graph.inserting_before(first):
-                    tensors = [shared(gm.graph, attribute) for attribute in (view.generator.state_name, SCALE)]
+                    tensors = [shared(gm.graph, attribute) for attribute in (plan.state_of(name), SCALE)]
                     made[name] = gm.graph.call_function(torch.ops.fxrpg.generate.default, (*tensors, view.text))
                 made[name].meta = {**node.meta, "fxrpg_name": name}
             node.replace_all_uses_with(made[name])

@@ -7,12 +7,13 @@ from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from fxrpg.handle import handle_of
-from fxrpg.passes.lower import OP, REASONS, lower, rule_for, transposes_matrix
+from fxrpg.lowering import Rule
+from fxrpg.passes.lower import GENERATE, OP, REASONS, lower, rule_for, transposes_matrix
 from fxrpg.passes.normalise import normalise
 from fxrpg.passes.parametrize import parametrize
 from fxrpg.passes.strip import strip
 from fxrpg.plan import Plan
-from fxrpg.roles import Role
+from fxrpg.roles import Role, bias_role
 from fxrpg.staging import DENSE_OPS
 from fxrpg.trace import Trace
 
@@ -32,8 +33,18 @@ def graph_roles(gm: fx.GraphModule) -> dict[str, Role]:
             for call in weight.users:
                 rule = rule_for(call)
                 if rule and rule.role and call.args[rule.position : rule.position + 1] == (weight,):
-                    roles.setdefault(read.target, rule.role(tuple(parameter.shape), transposed, *call.args))
+                    role = rule.role(tuple(parameter.shape), transposed, *call.args)
+                    roles.setdefault(read.target, role)
+                    if bias := _bias_read(call, rule):
+                        roles.setdefault(bias, bias_role(role.std))
     return roles
+
+
+def _bias_read(call: fx.Node, rule: Rule) -> str | None:
+    """The name of the parameter that a call takes as its bias."""
+    place = rule.bias_position
+    bias = call.args[place] if place is not None and len(call.args) > place else call.kwargs.get(rule.bias)
+    return str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
 
 
 def _parameter(gm: fx.GraphModule, name: str) -> nn.Parameter | None:
@@ -46,7 +57,10 @@ def rewrite(gm: fx.GraphModule, plan: Plan, trace: Trace) -> None:
     PassManager(passes=[normalise(plan), parametrize(plan), lower, strip(plan, trace)])(gm)
     names = {view.text: name for name, view in plan.views.items()}
     for node in gm.graph.nodes:
-        if node.target in DENSE_OPS:
+        if node.target is GENERATE:
+            for user in node.users:
+                trace.note(names[node.args[2]], "staged", user.meta[OP], way="graph")
+        elif node.target in DENSE_OPS:
             view = node.args[len(DENSE_OPS[node.target].inputs) + 3]
             trace.note(names[view], "staged", node.meta[OP], way="graph")
         elif node.target is handle_of:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
@@ -24,7 +25,8 @@ def restore(weights: Mapping[int, str]) -> Callable[[fx.GraphModule], PassResult
     def restore_graph(gm: fx.GraphModule) -> PassResult:
         changed = False
         tracer = fx.proxy.GraphAppendingTracer(gm.graph)
-        for node in list(gm.graph.find_nodes(op="call_function", target=handle_of)):
+        full = (handle_of, torch.ops.fxrpg.generate.default)
+        for node in [node for target in full for node in gm.graph.find_nodes(op="call_function", target=target)]:
             with gm.graph.inserting_before(node):
                 node.replace_all_uses_with(gm.graph.get_attr(weights[View.parse(node.args[2]).tensor]))
             gm.graph.erase_node(node)

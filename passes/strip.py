@@ -27,8 +27,8 @@ def strip(plan: Plan, trace: Trace) -> Callable[[fx.GraphModule], PassResult]:
                 if owner is gm:  # nothing but its own graph, which is rewritten, reads it
                     del gm._parameters[attribute]
                 else:
-                    owners.append((name, owner, attribute, plan.views[name]))
-        own(gm, owners, trace)
+                    owners.append((name, owner, attribute))
+        own(gm, plan, owners, trace)
         return PassResult(gm, changed)
 
     return strip_graph

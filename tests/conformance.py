@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxrpg.generator import Generator, View
+from fxrpg.generators.pemn import Pemn
+from fxrpg.generators.pranc import Pranc
 from fxrpg.generators.ring import Ring
 from fxrpg.lowering import LOWERINGS, Generated, encode_scales
 
@@ -23,6 +25,16 @@ GENERATORS: dict[str, list[Generator]] = {
         Ring(block=64, permute=False),
         Ring(block=16, reflect=False),
         Ring(block=1, layout="hash"),
+        Ring(block=1, layout="block_diagonal"),
+        Ring(bits=8),
+        Ring(bits=4, bits_block=8, sparse=True),
+    ],
+    "pranc": [Pranc(), Pranc(law="uniform"), Pranc(law="normal"), Pranc(law="khatri_rao"), Pranc(sparse=True)],
+    "pemn": [
+        Pemn(),
+        Pemn(prototype="one_layer", values="signed_constant"),
+        Pemn(permuted=True, keep=0.3),
+        Pemn(threshold="global"),
     ],
 }
 """Examples of every registered method, one for each branch of its code."""
@@ -129,12 +141,12 @@ def generated(
     generator: Generator, shape: tuple[int, ...], order: tuple[int, ...], size: int, dtype: torch.dtype, seed: int = 3
 ) -> Generated:
     """A generated weight with a random state that requires gradients, somewhere in a larger address space."""
-    extent = generator.extents([prod(shape)])[0]
-    offset = 3 * extent
+    offsets, total = generator.addresses([prod(shape)] * 5)
     view = View(
-        generator=generator, seed=seed, tensor=1, shape=shape, order=order, offset=offset, total=offset + 2 * extent
+        generator=generator, seed=seed, tensor=1, shape=shape, order=order, offset=offsets[3], total=total, size=size
     )
-    state = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    draw = torch.Generator().manual_seed(seed)
+    state = torch.randn(generator.state_shape(view), generator=draw, dtype=torch.float64).to(dtype)
     scale = encode_scales(torch.tensor([9.0, 0.75, 9.0]))
     return Generated.of(state.requires_grad_(), scale, view.text)
 

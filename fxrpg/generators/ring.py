@@ -5,6 +5,8 @@ Recurrent Parameter Generators, arXiv:2107.07110, Eq. 1-3 and Section 3, "Even P
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,9 +17,10 @@ from torch import Tensor
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator, View, rounded
 from fxrpg.hashing import CELL, INIT, PERMUTE, SIGN, Bijection, near_normal, random_words, words_at
+from fxrpg.packing import codes_of, pack_quantised, packed_size, read_quantised, spread, steps_of
 
 BLOCKS = (1, 8, 16, 32, 64)
-LAYOUTS = ("arc", "shuffle", "hash")
+LAYOUTS = ("arc", "shuffle", "block_diagonal", "hash")
 
 _ALL_TENSORS = 0xFFFFFFFF  # the "tensor id" of the one permutation that `shuffle` shares between weights
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,9 +37,14 @@ class Ring(Generator):
     Args:
         block: 1 (the paper's element-wise ring), 8, 16, 32 or 64 consecutive elements that stay together.
         layout: "arc": each weight permutes its own stretch of the ring (Fig. 1, Eq. 3); "shuffle": one permutation over
-            all weights (the authors' code); "hash": hashed cells, used unevenly (HashedNets), as a baseline.
+            all weights (the authors' code); "block_diagonal": one permutation and one row of signs a weight, the same for
+            every filter (Section 3, "Destructive Weight Sharing"), with block 1; "hash": hashed cells, used unevenly
+            (HashedNets), as a baseline.
         permute: False leaves blocks in order (the paper's ablation).
         reflect: False leaves out the signs (the paper's ablation).
+        bits: None, or 8 or 4: weights read the ring rounded to so many bits, and its gradient passes straight through.
+        bits_block: cells that share a quantisation step; 0 is one step for the ring.
+        sparse: cells that are zero are pruned: they stay zero, and files do not store them.
     """
 
     method: ClassVar[str] = "ring"
@@ -47,6 +55,9 @@ class Ring(Generator):
     layout: str = "arc"
     permute: bool = True
     reflect: bool = True
+    bits: int | None = None
+    bits_block: int = 0
+    sparse: bool = False  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.block not in BLOCKS:
@@ -60,43 +71,107 @@ class Ring(Generator):
                 "'hash'",
                 "A hash has no order to leave as it is.",
             )
+        if self.layout == "block_diagonal" and self.block != 1:
+            fix = "Pass Ring(layout='block_diagonal', block=1)."
+            raise FxrpgError("Ring(layout='block_diagonal')", "needs block=1", f"block={self.block}", fix)
+        if self.bits not in (None, 4, 8):
+            raise FxrpgError("Ring(bits=...)", "must be 8, 4 or None", repr(self.bits), "Pass one of them.")
+        if self.bits_block < 0:
+            raise FxrpgError("Ring(bits_block=...)", "must be 0 or more", repr(self.bits_block), "Pass such as 64.")
 
-    def state_size(self, dof: int | float, weights: int) -> int:
+    def state_size(self, dof: int | float, shapes: Sequence[tuple[int, ...]]) -> int:
         """An int is taken exactly; a fraction rounds to the nearest whole number of blocks that fits."""
         if isinstance(dof, int):
             return dof
+        weights = self.most(shapes)
         blocks = max(1, min(round(dof * weights / self.block), weights // self.block))
         return min(blocks * self.block, weights)
 
     def extents(self, counts: Sequence[int]) -> list[int]:
         return [-(-count // self.block) * self.block for count in counts]
 
-    def init_state(self, size: int, seed: int, std: float) -> Tensor:
-        values = near_normal(size, seed, INIT)
+    def init_state(self, views: Sequence[View], unit: float) -> Tensor:
+        first = views[0]
+        values = near_normal(first.size, first.seed, INIT, min(view.tensor for view in views))
         # A short ring would miss its deviation by chance: set it.
         found = rounded(values.square().mean().sqrt().item())
-        return values * (std / found) if found else torch.full_like(values, std)
+        return values * (unit / found) if found else torch.full_like(values, unit)
+
+    def quantised(self, bits: int, block: int) -> Ring:
+        return dataclasses.replace(self, bits=bits, bits_block=block)
+
+    def pruned(self) -> Ring:
+        return dataclasses.replace(self, sparse=True)
+
+    @property
+    def freezes(self) -> bool:
+        return self.bits is not None
+
+    def freeze(self, state: Tensor, view: View) -> Tensor:
+        assert self.bits is not None
+        return pack_quantised(state, self.bits, self.bits_block)
+
+    def frozen_shape(self, view: View) -> tuple[int, ...]:
+        assert self.bits is not None
+        return (packed_size(view.size, self.bits, self.bits_block),)
 
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
-        state = state.detach().to(dtype)
-        starts = self.block_cells(view, state.numel(), state.device)
-        if self._whole_rows(view, state.numel()):
-            values = state.view(-1, self.block).index_select(0, starts // self.block)
-        else:
-            values = state[self._cells(starts, state.numel())]
-        values = values.view(-1)[: view.count]
-        return view.from_logical(self._reflected(values, view))
+        state = state.detach()
+        if state.dtype == torch.uint8:
+            assert self.bits is not None
+            cells = self._cells(self.block_cells(view, view.size, state.device), view.size).view(-1)[: view.count]
+            values = read_quantised(state, cells, view.size, self.bits, self.bits_block).to(dtype)
+            return view.from_logical(self._reflected(values, view))
+        return self._gathered(self._rounded(state).to(dtype), view)
 
     def reference(self, state: Tensor, view: View) -> Tensor:
         # A ring of the numbers 1 .. N tells which cell each entry reads, and with which sign.
         ring = torch.arange(1, state.numel() + 1, dtype=torch.float64, device=state.device)
-        read = self.materialize(ring, view, torch.float64)
+        read = self._gathered(ring, view)
+        if self.sparse:
+            state = state * (state.detach() != 0)
+        state = state + (self._rounded(state.detach()) - state.detach()) if self.bits else state
         return state[read.abs().long() - 1] * read.sign().to(state.dtype)
+
+    def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
+        return self._gathered(direction * (state != 0) if self.sparse else direction, view)
 
     def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
         if self.layout == "arc" and torch.are_deterministic_algorithms_enabled():
-            return self.gather_gradient(grad, state, view)
-        return self.scatter_gradient(grad, state, view)
+            found = self.gather_gradient(grad, state, view)
+        else:
+            found = self.scatter_gradient(grad, state, view)
+        return found.mul_(state != 0) if self.sparse else found
+
+    def fit(self, state: Tensor, targets: Sequence[tuple[View, float, Tensor]]) -> Tensor:
+        """Every cell becomes the weighted mean of the entries it stands for: least squares, since each reads one cell."""
+        linear = dataclasses.replace(self, bits=None, sparse=False)
+        numerator, denominator = torch.zeros_like(state), torch.zeros_like(state)
+        for view, scale, target in targets:
+            numerator += linear.scatter_gradient(target * scale, state, view)
+            signs = linear._gathered(torch.ones_like(state), view)
+            denominator += linear.scatter_gradient(signs * scale**2, state, view)
+        fitted = torch.where(denominator > 0, numerator / denominator.clamp(min=torch.finfo(state.dtype).tiny), state)
+        return fitted * (state != 0) if self.sparse else fitted
+
+    def _rounded(self, state: Tensor) -> Tensor:
+        """The ring as weights read it: itself, or in few bits."""
+        if not self.bits:
+            return state
+        wide = state.to(torch.promote_types(state.dtype, torch.float32))
+        steps = steps_of(wide, self.bits, self.bits_block)
+        codes = codes_of(wide, steps, self.bits_block)
+        return (codes * spread(steps, self.bits_block, len(wide))).to(state.dtype)
+
+    def _gathered(self, ring: Tensor, view: View) -> Tensor:
+        """The weight that reads `ring`, with its signs."""
+        starts = self.block_cells(view, ring.numel(), ring.device)
+        if self._whole_rows(view, ring.numel()):
+            values = ring.view(-1, self.block).index_select(0, starts // self.block)
+        else:
+            values = ring[self._cells(starts, ring.numel())]
+        values = values.view(-1)[: view.count]
+        return view.from_logical(self._reflected(values, view))
 
     def scatter_gradient(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
         """The adjoint by scatter-add: element by element into its cell. On the CPU in a fixed order."""
@@ -138,6 +213,8 @@ class Ring(Generator):
         if self.layout == "hash":
             words = words_at(blocks, view.seed, CELL, view.tensor).to(torch.int64) & 0xFFFFFFFF
             return (words * -(-size // self.block) >> 32) * self.block % size
+        if self.layout == "block_diagonal":
+            return self._filter_cells(view, size, blocks)
         if not self.permute:
             place = blocks + first
         elif self.layout == "arc":
@@ -145,6 +222,20 @@ class Ring(Generator):
         else:
             place = self._bijection(view)(blocks + first)
         return place * self.block % size
+
+    def _filter_cells(self, view: View, size: int, elements: Tensor) -> Tensor:
+        """The cell of every element where each filter reads its own stretch of the ring in the weight's one order.
+
+        Filters that would start in the same cell, because the ring has come round, start one cell later: no two of the
+        first `size` filters are equal, however small the ring.
+        """
+        length = view.fan_in
+        row = torch.div(elements, length, rounding_mode="floor")
+        column = elements - row * length
+        if self.permute:
+            column = Bijection.keyed(length, view.seed, PERMUTE, view.tensor)(column)
+        starts = size // math.gcd(length, size)  # filters until one starts where the first did
+        return (view.offset + row * length + torch.div(row, starts, rounding_mode="floor") + column) % size
 
     def _bijection(self, view: View) -> Bijection:
         if self.layout == "arc":
@@ -170,9 +261,11 @@ class Ring(Generator):
         """`values` (logical order) with each element's sign bit flipped where the sign stream says so."""
         if not self.reflect:
             return values
-        words = random_words(0, -(-view.count // 32), view.seed, SIGN, view.tensor, device=values.device)
+        count = view.fan_in if self.layout == "block_diagonal" else view.count
+        words = random_words(0, -(-count // 32), view.seed, SIGN, view.tensor, device=values.device)
         lanes = torch.arange(32, dtype=torch.int32, device=values.device)
-        bits = (words[:, None] >> lanes & 1).view(-1)[: view.count]
+        bits = (words[:, None] >> lanes & 1).view(-1)[:count]
+        bits = bits.repeat(view.count // count)
         word = _SIGNED[values.element_size()]
         flips = bits.to(word) << 8 * values.element_size() - 1
         return (values.contiguous().view(word) ^ flips).view(values.dtype)

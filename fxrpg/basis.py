@@ -1,0 +1,256 @@
+"""The laws of PRANC's basis: drawn from counters, summed exactly, never stored.
+
+Every law has integer values v, of unit variance after division by `deviation`. A weight is theta_i = sum_k alpha_k v_ik,
+with alpha in fixed point: integers whose products and sums a float64 holds exactly, in any order. So a weight has the same
+bits on every device, with any number of threads and any size of chunk, and costs no more than a float sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxrpg.generator import View
+from fxrpg.hashing import COLUMN, ROW, crossed_words, words_at
+
+CHUNK = 1 << 16
+"""Words drawn at a time: half a megabyte with what is made of them stays in a core's cache."""
+
+
+class Law(ABC):
+    """How the values of a basis are drawn.
+
+    Attributes:
+        bits: bits of the largest |v|.
+        deviation: standard deviation of v.
+    """
+
+    bits: ClassVar[int]
+    deviation: ClassVar[float]
+
+    @abstractmethod
+    def combine(self, numbers: Tensor, view: View) -> Tensor:
+        """sum_k numbers[:, k] v_ik for every element i in logical order.
+
+        Args:
+            numbers: float64 [n, k].
+
+        Returns:
+            float64 [n, count]; exact if the numbers are integers and every sum stays below 2^53.
+        """
+
+    @abstractmethod
+    def project(self, grad: Tensor, view: View, size: int) -> Tensor:
+        """The adjoint: sum_i grad_i v_ik for every k < `size`, of a float64 `grad` [count]. Returns float64 [size]."""
+
+    def draws(self, view: View) -> int:
+        """Values that one pass over the weight draws."""
+        return view.count * view.size
+
+
+def fixed_point(alphas: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`alphas` as rows of integers: alpha_k = sum_l limbs[l, k] * weights[l], to 31 bits of the largest (62 for float64).
+
+    Args:
+        alphas: floating-point [k].
+        bits: of the largest basis value.
+
+    Returns:
+        (limbs, weights), both float64: [l, k] integers of so few bits that a sum over k of products with the basis stays
+        below 2^53, and their powers of two, [l, 1]. NaN where an alpha is not finite.
+    """
+    wanted = 62 if alphas.dtype == torch.float64 else 31
+    each = min(31, 53 - bits - max(1, len(alphas) - 1).bit_length())
+    alphas = alphas.to(torch.float64)
+    largest = alphas.abs().amax() + 0 * alphas.sum()  # the sum carries NaN and infinity over
+    exponent = torch.frexp(torch.nan_to_num(largest, 1.0, 1.0))[1].to(torch.float64)
+    rest, limbs, weights = alphas * torch.exp2(-exponent), [], []
+    for limb in range(count := -(-wanted // each)):
+        rest = rest * 2.0**each
+        whole = torch.round(rest) if limb == count - 1 else torch.trunc(rest)
+        limbs.append(whole)
+        weights.append(torch.exp2(exponent - each * (limb + 1)) + 0 * largest)
+        rest = rest - whole
+    return torch.stack(limbs), torch.stack(weights)[:, None]
+
+
+class Rademacher(Law):
+    """Signs, 32 basis vectors a word. Eight at a time they pick one of 256 ready sums: no sign is ever unpacked."""
+
+    bits, deviation = 0, 1.0
+
+    def combine(self, numbers: Tensor, view: View) -> Tensor:
+        groups = -(-numbers.shape[1] // 32)
+        numbers = torch.nn.functional.pad(numbers, (0, 32 * groups - numbers.shape[1]))
+        tables = _sums_of_signs(numbers.view(len(numbers), 4 * groups, 8))  # [n, bytes, 256]
+        parts = []
+        for rows in _row_chunks(view.count, view, numbers.device):
+            part = numbers.new_zeros(len(numbers), len(rows))
+            for first, words in _crossed(rows, groups, view):
+                for byte in range(4):
+                    chosen = (words >> 8 * byte & 0xFF) + _starts(len(words), numbers.device)
+                    some = tables[:, 4 * first + byte : 4 * (first + len(words)) : 4].reshape(len(numbers), -1)
+                    part += some.index_select(1, chosen.view(-1)).view(len(numbers), *words.shape).sum(1)
+            parts.append(part)
+        return torch.cat(parts, 1)
+
+    def project(self, grad: Tensor, view: View, size: int) -> Tensor:
+        groups = -(-size // 32)
+        bins = grad.new_zeros(groups, 4, 256)
+        start = 0
+        for rows in _row_chunks(view.count, view, grad.device):
+            some = grad[start : start + len(rows)]
+            for first, words in _crossed(rows, groups, view):
+                repeated = some.expand(len(words), -1).reshape(-1)
+                for byte in range(4):
+                    chosen = (words >> 8 * byte & 0xFF) + _starts(len(words), grad.device)
+                    bins[first : first + len(words), byte] += _binned(chosen.view(-1), repeated, len(words))
+            start += len(rows)
+        return (bins @ _signs_of_bytes(grad.device)).view(-1)[:size]
+
+
+class Drawn(Law):
+    """Values that are drawn one by one, then multiplied as a matrix."""
+
+    words: ClassVar[float]
+    """Words that one value takes."""
+
+    @abstractmethod
+    def values(self, rows: Tensor, first: int, count: int, view: View) -> Tensor:
+        """Values of the basis vectors `first .. first + count - 1` on some elements: float64 [count, elements]."""
+
+    def combine(self, numbers: Tensor, view: View) -> Tensor:
+        size, parts = numbers.shape[1], []
+        for rows in _row_chunks(view.count, view, numbers.device):
+            part = numbers.new_zeros(len(numbers), len(rows))
+            for first, count in self._vectors(size, len(rows)):
+                part += numbers[:, first : first + count] @ self.values(rows, first, count, view)
+            parts.append(part)
+        return torch.cat(parts, 1)
+
+    def project(self, grad: Tensor, view: View, size: int) -> Tensor:
+        out, start = grad.new_zeros(size), 0
+        for rows in _row_chunks(view.count, view, grad.device):
+            some = grad[start : start + len(rows)]
+            for first, count in self._vectors(size, len(rows)):
+                out[first : first + count] += self.values(rows, first, count, view) @ some
+            start += len(rows)
+        return out
+
+    def _vectors(self, size: int, rows: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of the basis vectors in each chunk: an even count, because two may share a word."""
+        step = 2 * max(1, int(CHUNK / self.words) // rows // 2)
+        return ((first, min(step, size - first)) for first in range(0, size, step))
+
+
+class Uniform(Drawn):
+    """Two values a word: odd integers in [-65535, 65535]."""
+
+    bits, deviation = 16, math.sqrt(((1 << 32) - 1) / 3)
+    words = 0.5
+
+    def values(self, rows: Tensor, first: int, count: int, view: View) -> Tensor:
+        words = crossed_words(rows, _columns(first // 2, -(-count // 2), view))
+        halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], 1).view(-1, len(rows))[:count]
+        return halves.to(torch.float64).mul_(2).sub_(0xFFFF)
+
+
+class Normal(Drawn):
+    """Sums of eight 16-bit uniform integers (Irwin-Hall), as the initial states: near normal, and exact everywhere."""
+
+    bits, deviation = 19, math.sqrt(8 * ((1 << 32) - 1) / 12)
+    words = 4.0
+
+    def values(self, rows: Tensor, first: int, count: int, view: View) -> Tensor:
+        words = crossed_words(rows, _columns(4 * first, 4 * count, view)).view(count, 4, len(rows))
+        return ((words & 0xFFFF) + (words >> 16 & 0xFFFF)).sum(1).sub_(4 * 0xFFFF).to(torch.float64)
+
+
+class KhatriRao(Law):
+    """Signs of rank one, v_k[i, j] = u_k[i] w_k[j]: the weight, outputs by inputs, is U diag(alpha) W^T, one product."""
+
+    bits, deviation = 0, 1.0
+
+    def combine(self, numbers: Tensor, view: View) -> Tensor:
+        outputs = view.count // view.fan_in
+        total = numbers.new_zeros(len(numbers), outputs, view.fan_in)
+        for first, left, right in self._factors(view, numbers.shape[1], numbers.device):
+            some = numbers[:, first : first + len(left)]
+            total += (left.t() * some[:, None, :]) @ right
+        return total.view(len(numbers), -1)
+
+    def project(self, grad: Tensor, view: View, size: int) -> Tensor:
+        matrix = grad.view(-1, view.fan_in)
+        parts = [((left @ matrix) * right).sum(1) for _, left, right in self._factors(view, size, grad.device)]
+        return torch.cat(parts)
+
+    def draws(self, view: View) -> int:
+        return (view.count // view.fan_in + view.fan_in) * view.size
+
+    def _factors(self, view: View, size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first, u, w) for chunks of the basis: signs, float64 [chunk, outputs] and [chunk, inputs]."""
+        sides = view.count // view.fan_in + view.fan_in
+        rows = words_at(torch.arange(sides, device=device), view.seed, ROW, view.tensor)
+        step = 32 * max(1, CHUNK // sides)
+        for first in range(0, size, step):
+            count = min(step, size - first)
+            words = crossed_words(rows, _columns(first // 32, -(-count // 32), view))
+            lanes = torch.arange(32, dtype=torch.int32, device=device)
+            signs = 1 - 2 * (words[:, None] >> lanes[:, None] & 1).view(-1, sides)[:count].to(torch.float64)
+            yield first, signs[:, : -view.fan_in], signs[:, -view.fan_in :]
+
+
+LAWS: dict[str, Law] = {"rademacher": Rademacher(), "uniform": Uniform(), "normal": Normal(), "khatri_rao": KhatriRao()}
+
+
+def _row_chunks(count: int, view: View, device: torch.device) -> Iterator[Tensor]:
+    """The random word of each element, some at a time: int32."""
+    for start in range(0, count, CHUNK):
+        index = torch.arange(start, min(start + CHUNK, count), device=device)
+        yield words_at(index, view.seed, ROW, view.tensor)
+
+
+def _crossed(rows: Tensor, groups: int, view: View) -> Iterator[tuple[int, Tensor]]:
+    """(first group, words [groups, elements]) for chunks of the groups of 32 basis vectors."""
+    step = max(1, CHUNK // len(rows))
+    columns = _columns(0, groups, view).to(rows.device)
+    for first in range(0, groups, step):
+        yield first, crossed_words(rows, columns[first : first + step])
+
+
+def _columns(first: int, count: int, view: View) -> Tensor:
+    """The random word of each column of the basis, int32 [count]."""
+    return words_at(torch.arange(first, first + count), view.seed, COLUMN, view.tensor)
+
+
+def _starts(count: int, device: torch.device) -> Tensor:
+    """Where each of `count` tables of 256 begins, int32 [count, 1]."""
+    return 256 * torch.arange(count, dtype=torch.int32, device=device)[:, None]
+
+
+def _sums_of_signs(numbers: Tensor) -> Tensor:
+    """All 256 signed sums of each eight numbers: [..., 8] -> [..., 256]. Bit j of the index turns number j."""
+    sums = numbers.sum(-1, keepdim=True)
+    for j in range(8):
+        sums = torch.cat([sums, sums - 2 * numbers[..., j : j + 1]], -1)
+    return sums
+
+
+@functools.lru_cache(maxsize=8)
+def _signs_of_bytes(device: torch.device) -> Tensor:
+    """The eight signs of every byte, float64 [256, 8]."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return 1 - 2 * bits.to(torch.float64)
+
+
+def _binned(chosen: Tensor, values: Tensor, tables: int) -> Tensor:
+    """Sums of `values` by bin, float64 [tables, 256]. On the CPU in the order of the elements."""
+    if values.device.type == "cpu":
+        return torch.bincount(chosen, weights=values, minlength=256 * tables).view(tables, 256)
+    return values.new_zeros(256 * tables).index_add_(0, chosen, values).view(tables, 256)

@@ -1,0 +1,159 @@
+"""Smaller forms of a transformed model: few bits, fewer numbers, packed for inference. Each returns a new model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxrpg.assemble import copy_module, plan_of, put_state, replan, take_state
+from fxrpg.errors import FxrpgError
+from fxrpg.generator import View
+from fxrpg.owner import tensor_at
+from fxrpg.plan import Plan, Scope
+from fxrpg.scopes import shares
+
+ORDERS = ("magnitude", "index")
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A copy of `model` for inference: scores become masks of one bit a weight, quantised rings their codes.
+
+    What is frozen is a buffer of bytes, not trained any more; the model computes what it did, bit for bit. States that
+    have no such form (a ring that is not quantised, a basis) stay as they are.
+
+    Raises:
+        FxrpgError: `model` is not transformed, or has no state to freeze.
+    """
+    plan = plan_of(model)
+    chosen = [scope.generator.freezes and not scope.frozen for scope in plan.scopes]
+    if not any(chosen):
+        found = "a frozen one" if any(scope.frozen for scope in plan.scopes) else ", ".join(_methods(plan))
+        fix = "Save the model as it is; of a ring, freeze what fxrpg.quantize returns."
+        raise FxrpgError("freeze", "needs a mask or a quantised ring", found, fix)
+
+    def change(scope: Scope) -> Scope:
+        if not scope.generator.freezes or scope.frozen:
+            return scope
+        return dataclasses.replace(scope, frozen=True, state=scope.generator.frozen_name(scope.state))
+
+    def packed(state: Tensor, scope: Scope, view: View) -> Tensor:
+        return scope.generator.freeze(state, view) if scope.generator.freezes and not scope.frozen else state
+
+    result = _rebuilt(model, plan.with_scopes(change), packed)
+    dtype = next(
+        tensor_at(model, state).dtype for state, (name, *_) in plan.states.items() if chosen[plan.scope_of[name]]
+    )
+    result._buffers["fxrpg_scale"] = result.get_buffer("fxrpg_scale").to(dtype)
+    return result
+
+
+def quantize(model: nn.Module, bits: int = 8, *, block: int = 0) -> nn.Module:
+    """A copy of `model` whose rings are read in 8 or 4 bits, and which can be finetuned so.
+
+    The ring stays a parameter in full precision: weights read it rounded to whole steps, symmetric about zero, and
+    gradients pass straight through the rounding. `fxrpg.freeze` then packs the codes, in memory and in files.
+
+    Args:
+        model: the result of `transform` with a ring.
+        bits: 8 or 4.
+        block: ring cells that share a step (one float32 each in files); 0 is one step for the ring.
+
+    Raises:
+        FxrpgError: `model` is not transformed, is frozen, or has no ring; bits or block out of range.
+    """
+    plan = plan_of(model)
+    _check_trainable(plan, "quantize")
+    found = [scope for scope in plan.scopes if hasattr(scope.generator, "bits")] or plan.scopes
+
+    def change(scope: Scope) -> Scope:
+        if not any(scope is one for one in found):
+            return scope
+        return dataclasses.replace(scope, generator=scope.generator.quantised(bits, block))
+
+    return _rebuilt(model, plan.with_scopes(change))
+
+
+def prune(model: nn.Module, amount: float) -> nn.Module:
+    """A copy of `model` in whose states the fraction `amount` of smallest magnitude is zero and stays zero.
+
+    Pruned numbers get no gradient and are not stored in files. (arXiv:2107.07110, Section 5.2, fine-grained pruning.)
+    Train a pruned model with an optimizer of its own: momentum from before would move what was pruned.
+
+    Raises:
+        FxrpgError: `model` is not transformed, is frozen or masked; `amount` is not in (0, 1).
+    """
+    plan = plan_of(model)
+    _check_trainable(plan, "prune")
+    if isinstance(amount, bool) or not isinstance(amount, float) or not 0 < amount < 1:
+        raise FxrpgError("prune, amount", "must be a float in (0, 1)", repr(amount), "Pass such as 0.5.")
+    pruned = plan.with_scopes(lambda scope: dataclasses.replace(scope, generator=scope.generator.pruned()))
+    return _rebuilt(
+        model, pruned, lambda state, scope, view: _largest(state, state.numel() - round(amount * state.numel()))
+    )
+
+
+def truncate(model: nn.Module, k: int, *, order: str = "magnitude") -> nn.Module:
+    """A copy of a PRANC `model` reconstructed from k of its coefficients.
+
+    Args:
+        model: the result of `transform` with PRANC.
+        k: how many; with several scopes each keeps its share.
+        order: "magnitude" keeps the largest (the paper's sorted prefix; which they are is stored, one bit each), "index"
+            the first k, as if the model had been transformed with dof=k.
+
+    Raises:
+        FxrpgError: `model` is not transformed or no PRANC model; k is out of range; an unknown order.
+    """
+    plan = plan_of(model)
+    methods = _methods(plan)
+    if methods != ["pranc"]:
+        fix = "Of a ring, use fxrpg.prune."
+        raise FxrpgError("truncate", "needs a PRANC model", f"the method {', '.join(methods)!r}", fix)
+    if isinstance(k, bool) or not isinstance(k, int) or not len(plan.scopes) <= k <= plan.size:
+        must = f"must be an int in [{len(plan.scopes)}, {plan.size}], the coefficients there are"
+        raise FxrpgError("truncate, k", must, repr(k), "Pass fewer coefficients than the model has.")
+    if order not in ORDERS:
+        raise FxrpgError("truncate, order", f"must be one of {ORDERS}", repr(order), "Pass one of them.")
+    sizes = shares(k, {scope.state: scope.size for scope in plan.scopes})
+    if order == "magnitude":
+        new = plan.with_scopes(lambda scope: dataclasses.replace(scope, generator=scope.generator.pruned()))
+        return _rebuilt(model, new, lambda state, scope, view: _largest(state, sizes[scope.state]))
+    new = plan.with_scopes(lambda scope: dataclasses.replace(scope, size=sizes[scope.state]))
+    return _rebuilt(model, new, lambda state, scope, view: state[: sizes[scope.state]].clone())
+
+
+def _rebuilt(
+    model: nn.Module, plan: Plan, change: Callable[[Tensor, Scope, View], Tensor] = lambda state, *_: state
+) -> nn.Module:
+    """A copy of `model` that follows `plan`, each state replaced by `change(state, scope now, a view that reads it)`."""
+    before, result = plan_of(model), copy_module(model)
+    for name, (first, *_) in before.states.items():
+        old: Any = tensor_at(result, name)
+        new = change(old.detach(), before.scope(first), before.views[first].whole)
+        if new is not old and (new.dtype, new.shape, new.data_ptr()) != (old.dtype, old.shape, old.data_ptr()):
+            take_state(result, name)
+            put_state(result, plan.state_of(first), new)
+            if isinstance(old, nn.Parameter) and new.is_floating_point():
+                tensor_at(result, plan.state_of(first)).requires_grad_(old.requires_grad)
+    replan(result, plan)
+    return result
+
+
+def _largest(state: Tensor, count: int) -> Tensor:
+    """`state` with zeros in the place of all but its `count` numbers of largest magnitude; of equal ones the first stay."""
+    order = torch.argsort(state.abs(), descending=True, stable=True)
+    return state.index_fill(0, order[max(count, 1) :], 0)
+
+
+def _methods(plan: Plan) -> list[str]:
+    return sorted({scope.generator.method for scope in plan.scopes})
+
+
+def _check_trainable(plan: Plan, verb: str) -> None:
+    if any(scope.frozen for scope in plan.scopes):
+        fix = f"Call fxrpg.{verb} on the model before it was frozen."
+        raise FxrpgError(verb, "needs a model that is not frozen", "a frozen one", fix)

@@ -1,0 +1,199 @@
+"""PEMN: every weight is a fixed random value or zero, and only the masks are learned.
+
+Parameter-Efficient Masking Networks, Section 3 (one-layer, max-layer padding MP, random padding RP); the straight-through
+scores are those of "What's Hidden in a Randomly Weighted Neural Network?", arXiv:1911.13299.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxrpg.errors import FxrpgError
+from fxrpg.generator import Generator, View, straight_through
+from fxrpg.hashing import PROTOTYPE, SCORE, Bijection, near_normal, random_words
+from fxrpg.packing import pack_bits, unpack_bits
+
+PROTOTYPES = ("random_padding", "one_layer")
+VALUES = ("normal", "signed_constant")
+THRESHOLDS = ("layer", "global")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pemn(Generator):
+    """Learned binary masks over a prototype of D fixed random values, which a seed stands for; `dof` = D.
+
+    An int is D itself; a float below 1 is the paper's ratio r, D = int(n_max * r) + 1, where n_max is the size of the
+    largest weight; 1.0 is max-layer padding (MP), D = n_max. A weight's element i is prototype value i mod D where its
+    mask is set, else zero. The mask keeps the round(keep * n) entries of largest |score| (halves round up, at least one;
+    of equal scores the first in logical order); its gradient passes straight through: d score = dw * value * sign(score).
+
+    Args:
+        prototype: "random_padding" (RP; MP with dof=1.0), or "one_layer": a tensor of its own for each distinct shape,
+            without `dof`.
+        keep: fraction of the entries that a mask keeps, in (0, 1).
+        values: "normal" (Kaiming normal, fan_in), or "signed_constant" (its deviation with random signs).
+        permuted: one random permutation, shared by all weights, between elements and prototype values.
+        threshold: "layer": every weight keeps its own largest scores; "global": the largest of all together.
+        per_layer: scale each weight by its own fan-in; else all take the deviation of the largest (as the authors do).
+    """
+
+    method: ClassVar[str] = "pemn"
+
+    prototype: str = "random_padding"
+    keep: float = 0.5
+    values: str = "normal"
+    permuted: bool = False
+    threshold: str = "layer"
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("prototype", PROTOTYPES), ("values", VALUES), ("threshold", THRESHOLDS)):
+            if getattr(self, name) not in allowed:
+                found = repr(getattr(self, name))
+                raise FxrpgError(f"Pemn({name}=...)", f"must be one of {allowed}", found, "Pass one of them.")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, float) or not 0 < self.keep < 1:
+            fix = "Pass the fraction of entries to keep, such as 0.5."
+            raise FxrpgError("Pemn(keep=...)", "must be a float in (0, 1)", repr(self.keep), fix)
+
+    @property
+    def state_name(self) -> str:  # type: ignore[override]
+        return "_score" if self.local else "fxrpg_score"
+
+    @property
+    def masks(self) -> bool:
+        return True
+
+    @property
+    def local(self) -> bool:
+        return self.threshold == "layer"
+
+    @property
+    def needs_dof(self) -> bool:
+        return self.prototype != "one_layer"
+
+    def most(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        return max(map(math.prod, shapes))
+
+    def state_size(self, dof: int | float, shapes: Sequence[tuple[int, ...]]) -> int:
+        """D: an int is taken exactly, a ratio r below 1 is int(n_max * r) + 1, and 1.0 is n_max."""
+        if not self.needs_dof:
+            return sum(map(math.prod, set(shapes)))
+        return dof if isinstance(dof, int) else min(int(self.most(shapes) * dof) + 1, self.most(shapes))
+
+    def extents(self, counts: Sequence[int]) -> list[int]:
+        return list(counts)
+
+    def scales(self, views: Sequence[View], deviations: Sequence[float]) -> tuple[float, list[float]]:
+        """Kaiming's normal rule for ReLU, sqrt(2 / fan_in): of the largest weight, or each weight's own."""
+        own = [math.sqrt(2 / view.fan_in) for view in views]
+        largest = own[max(range(len(views)), key=lambda i: views[i].count)]
+        return 1.0, own if self.per_layer else [largest] * len(views)
+
+    def init_state(self, views: Sequence[View], unit: float) -> Tensor:
+        """Scores of U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's Kaiming uniform."""
+        scores = [self._first_scores(view) for view in views]
+        return views[0].from_logical(scores[0]) if self.local else torch.cat(scores)
+
+    def state_shape(self, view: View) -> tuple[int, ...]:
+        return view.shape if self.local else (view.total,)
+
+    @property
+    def freezes(self) -> bool:
+        return True
+
+    def freeze(self, state: Tensor, view: View) -> Tensor:
+        """The mask of one weight (of all, with a global threshold), one bit an entry in logical order."""
+        return pack_bits(self._mask(view.to_logical(state) if self.local else state))
+
+    def frozen_name(self, state: str) -> str:
+        return state.replace("_score", "_mask", 1)
+
+    def frozen_shape(self, view: View) -> tuple[int, ...]:
+        return (-(-math.prod(self.state_shape(view)) // 8),)
+
+    def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
+        return view.from_logical(self.fixed_values(view, state.device).mul_(self.mask(state, view)).to(dtype))
+
+    def reference(self, state: Tensor, view: View) -> Tensor:
+        fixed = view.from_logical(self.fixed_values(view, state.device)).to(state.dtype)
+        score = state if self.local else view.from_logical(state[view.offset : view.offset + view.count])
+        return straight_through(self.materialize(state.detach(), view, state.dtype), fixed * score.abs())
+
+    def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        fixed = self.fixed_values(view, grad.device)
+        if self.local:
+            return grad * view.from_logical(fixed).to(grad.dtype) * state.sign()
+        place = slice(view.offset, view.offset + view.count)
+        out = grad.new_zeros(view.total)
+        out[place] = view.to_logical(grad) * fixed.to(grad.dtype) * state[place].sign()
+        return out
+
+    def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
+        along = direction * state.sign()
+        along = along if self.local else view.from_logical(along[view.offset : view.offset + view.count])
+        return view.from_logical(self.fixed_values(view, state.device)).to(direction.dtype) * along
+
+    def fit(self, state: Tensor, targets: Sequence[tuple[View, float, Tensor]]) -> Tensor:
+        """Scores whose mask is the best there is: it keeps the entries for which their fixed value beats zero by most.
+
+        Of the magnitudes that the scores have now, entries take the largest in the order of what keeping them gains,
+        w^2 - (w - value)^2; so training goes on from scores of the usual size.
+        """
+        gains = []
+        for view, scale, target in targets:
+            fixed = self.fixed_values(view, state.device) * scale
+            gains.append(fixed * (2 * view.to_logical(target) - fixed))
+        order = torch.argsort(torch.cat(gains), stable=True)
+        magnitudes = (targets[0][0].to_logical(state) if self.local else state).abs().sort().values
+        scores = torch.empty_like(magnitudes).index_copy_(0, order, magnitudes)
+        return targets[0][0].from_logical(scores) if self.local else scores
+
+    def fixed_values(self, view: View, device: torch.device) -> Tensor:
+        """The weight's fixed values before any mask, of unit deviation, float64 [count] in logical order."""
+        index = torch.arange(view.count, device=device)
+        if self.prototype == "one_layer":
+            return self._prototype(view.count, view.seed, *view.shape).to(device)
+        if self.permuted:
+            index = Bijection.keyed(max(view.total, view.count), view.seed, PROTOTYPE)(index)
+        values = self._prototype(min(view.size, view.size if self.permuted else view.count), view.seed).to(device)
+        return values[index % view.size]
+
+    def mask(self, state: Tensor, view: View) -> Tensor:
+        """Which entries the weight keeps, from scores or packed bits: bool [count] in logical order."""
+        first = 0 if self.local else view.offset
+        if state.dtype == torch.uint8:
+            return unpack_bits(state, first, view.count)
+        scores = view.to_logical(state.detach()) if self.local else state.detach()
+        return self._mask(scores)[first : first + view.count]
+
+    def _mask(self, scores: Tensor) -> Tensor:
+        """Exactly round(keep * n) entries of largest magnitude: a selection of the k-th value, never a sort."""
+        count = kept_of(self.keep, scores.numel())
+        sizes = scores.abs()
+        least = torch.kthvalue(sizes, scores.numel() - count + 1).values
+        mask = sizes > least
+        ties = sizes == least
+        return mask | (ties & (ties.cumsum(0) <= count - mask.sum()))
+
+    def _prototype(self, count: int, seed: int, *labels: int) -> Tensor:
+        """`count` values of the prototype: float64, on the CPU."""
+        if self.values == "normal":
+            return near_normal(count, seed, PROTOTYPE, *labels)
+        words = random_words(0, -(-count // 32), seed, PROTOTYPE, *labels)
+        bits = (words[:, None] >> torch.arange(32, dtype=torch.int32) & 1).view(-1)[:count]
+        return 1 - 2 * bits.to(torch.float64)
+
+    def _first_scores(self, view: View) -> Tensor:
+        words = random_words(0, view.count, view.seed, SCORE, view.tensor).to(torch.float64)
+        return (words + 0.5) / (1 << 31) / math.sqrt(view.fan_in)
+
+
+def kept_of(keep: float, count: int) -> int:
+    """round(keep * count), halves up, within 1 .. count."""
+    return min(max(math.floor(keep * count + 0.5), 1), count)

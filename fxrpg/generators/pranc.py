@@ -1,0 +1,101 @@
+"""PRANC: every weight is a combination of random basis vectors that are drawn again whenever they are needed.
+
+PRANC: Pseudo RAndom Networks for Compacting deep models, Section 3: theta = sum_k alpha_k B_k.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxrpg.basis import LAWS, fixed_point
+from fxrpg.errors import FxrpgError
+from fxrpg.generator import Generator, View, straight_through
+
+MANY_DRAWS = 10**11
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pranc(Generator):
+    """k learned coefficients of a seeded random basis; `dof` = k.
+
+    Element i of the weight is sum_k alpha_k v_ik, with v drawn from (seed, tensor id, i, k) alone: any entry of any basis
+    vector can be had without the others, none is ever stored. The model starts as basis vector 0 (alpha = e_0), whose
+    deviation in each layer is that of the layer's own initialiser.
+
+    Args:
+        law: of the basis values, all of unit variance before the layer's scale: "rademacher" (signs), "uniform" (with the
+            layer's bound, as in the authors' code), "normal" (near normal: sums of eight uniforms), "khatri_rao" (signs
+            of rank one in each layer: one matrix product instead of a draw for every weight and vector).
+        norms: generate the affine parameters of normalisation layers too (the paper; the authors' code trains them).
+        sparse: coefficients that are zero are pruned: they stay zero, and files do not store them.
+    """
+
+    method: ClassVar[str] = "pranc"
+    state_name: ClassVar[str] = "fxrpg_alpha"
+
+    law: str = "rademacher"
+    norms: bool = False
+    sparse: bool = False  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.law not in LAWS:
+            raise FxrpgError("Pranc(law=...)", f"must be one of {tuple(LAWS)}", repr(self.law), "Pass one of them.")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("conv", "linear", "bias", *(("norm",) if self.norms else ()))
+
+    def state_size(self, dof: int | float, shapes: Sequence[tuple[int, ...]]) -> int:
+        """The number of coefficients: an int is taken exactly, a fraction is one of the generated weights, rounded."""
+        return dof if isinstance(dof, int) else max(1, round(dof * self.most(shapes)))
+
+    def extents(self, counts: Sequence[int]) -> list[int]:
+        return list(counts)
+
+    def scales(self, views: Sequence[View], deviations: Sequence[float]) -> tuple[float, list[float]]:
+        return 1.0, list(deviations)
+
+    def init_state(self, views: Sequence[View], unit: float) -> Tensor:
+        alphas = torch.zeros(views[0].size, dtype=torch.float64, device="cpu")
+        alphas[0] = unit
+        return alphas
+
+    def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
+        law = LAWS[self.law]
+        limbs, weights = fixed_point(state.detach(), law.bits)
+        parts = law.combine(limbs, view) * weights
+        total = parts[0] if len(parts) == 1 else parts.sum(0)
+        return view.from_logical((total / law.deviation).to(dtype))
+
+    def reference(self, state: Tensor, view: View) -> Tensor:
+        law = LAWS[self.law]
+        basis = law.combine(torch.eye(view.size, dtype=torch.float64, device=state.device), view) / law.deviation
+        smooth = view.from_logical(state.to(torch.float64) @ basis).to(state.dtype)
+        return straight_through(self.materialize(state, view, state.dtype), smooth)
+
+    def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        law = LAWS[self.law]
+        found = law.project(view.to_logical(grad).to(torch.float64), view, view.size) / law.deviation
+        return (found * (state != 0) if self.sparse else found).to(grad.dtype)
+
+    def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
+        return self.materialize(direction * (state != 0) if self.sparse else direction, view, direction.dtype)
+
+    def pruned(self) -> Pranc:
+        return dataclasses.replace(self, sparse=True)
+
+    def check(self, views: Sequence[View]) -> None:
+        draws = sum(LAWS[self.law].draws(view) for view in views)
+        if draws > MANY_DRAWS:
+            warnings.warn(
+                f"a pass over the {sum(view.count for view in views):,} weights of this PRANC basis draws {draws:.1e} values "
+                f"(more than {MANY_DRAWS:.0e}): Pranc(law='khatri_rao') draws fewer, and so does scope='layer'",
+                stacklevel=3,
+            )
