@@ -209,9 +209,11 @@ def resnet(
         before = width
         for stage, count in enumerate(blocks):
             after = width << stage
-            for place in range(count):
-                layers.append(Block(before, after, 2 if stage and not place else 1))
-                before = after
+            wide = [
+                Block(before if place == 0 else after, after, 2 if stage and not place else 1) for place in range(count)
+            ]
+            layers.append(nn.Sequential(*wide))
+            before = after
         model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
