@@ -22,12 +22,14 @@ from fxrpg.ledger import ledger  # noqa: E402
 from fxrpg.lowering import lowering_mode  # noqa: E402
 from fxrpg.recurrence import unroll  # noqa: E402
 from fxrpg.rule import Rule  # noqa: E402
+from fxrpg.training import PrancTrainer  # noqa: E402
 from fxrpg.version import __version__  # noqa: E402
 
 __all__ = [
     "FxrpgError",
     "Pemn",
     "Pranc",
+    "PrancTrainer",
     "Ring",
     "Rule",
     "__version__",

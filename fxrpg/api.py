@@ -58,14 +58,6 @@ def transform(
     Warns:
         UserWarning: a PRANC basis of which one pass over the model draws more than 1e11 values.
     """
-    if not isinstance(model, nn.Module):
-        fix = "Pass a module; of an exported program, what its method module() returns."
-        raise FxrpgError("transform", "model must be a torch.nn.Module", type(model).__name__, fix)
-    if hasattr(model, "_orig_mod"):
-        raise FxrpgError(
-            "transform", "model must not be compiled yet", type(model).__name__, "Transform first, then compile."
-        )
-    check_untransformed(model)
     _check_modules(model)
     generator, rules = generator_from(method), _checked_rules(plan)
     found = candidates(model, graph_roles(model) if isinstance(model, fx.GraphModule) else {})
@@ -146,8 +138,16 @@ def _checked_rules(plan: Any) -> tuple[Rule, ...]:
     return rules
 
 
-def _check_modules(model: nn.Module) -> None:
-    """Refuse what has no weights yet, or none that autograd could train."""
+def _check_modules(model: Any) -> None:
+    """Refuse what is no module or transformed already, what has no weights yet, or none that autograd could train."""
+    if not isinstance(model, nn.Module):
+        fix = "Pass a module; of an exported program, what its method module() returns."
+        raise FxrpgError("transform", "model must be a torch.nn.Module", type(model).__name__, fix)
+    if hasattr(model, "_orig_mod"):
+        raise FxrpgError(
+            "transform", "model must not be compiled yet", type(model).__name__, "Transform first, then compile."
+        )
+    check_untransformed(model)
     for name, module in model.named_modules():
         where = name or type(model).__name__
         if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):

@@ -33,6 +33,7 @@ from fxrpg.passes.graph_module import adopt, release
 from fxrpg.passes.pipeline import rewrite
 from fxrpg.passes.restore import put_parameter, restore
 from fxrpg.plan import Plan
+from fxrpg.staging import register_flops
 from fxrpg.trace import Trace
 
 
@@ -141,6 +142,7 @@ def assemble(
     persistent buffers of the root, both in small integers that survive any cast of the model. `dtype`, the type of the
     buffer of scales, is that of weights whose state is frozen.
     """
+    register_flops()
     device = next(iter(states.values())).device
     for name, state in states.items():
         put_state(root, name, state)

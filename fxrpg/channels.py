@@ -207,7 +207,7 @@ def _is_channelwise(node: fx.Node, module: Any) -> bool:
     if node.op == "call_method":
         return node.target in _CHANNELWISE_METHODS or (node.target == "flatten" and node.args[1:2] == (1,))
     start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim")
-    return node.target in _CHANNELWISE_FUNCTIONS or (node.target is torch.flatten and start == 1)
+    return node.target in _CHANNELWISE_FUNCTIONS or bool(node.target is torch.flatten and start == 1)
 
 
 def _outputs(module: Any) -> int:

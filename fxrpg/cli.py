@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from fxrpg.errors import FxrpgError
 from fxrpg.explain import explain
 from fxrpg.fit import fit
 from fxrpg.ledger import ledger
+from fxrpg.plan import Plan, Scope
 from fxrpg.rule import Rule
 from fxrpg.version import __version__
 
@@ -136,7 +137,7 @@ def _add_transform(command: argparse.ArgumentParser) -> None:
         default=[],
         type=_rule,
         metavar="PATTERN=ACTION",
-        help='"generate" or "dense" for parameters by name, such as "fc.*=dense"; may be repeated, the first match counts',
+        help='"generate", "dense" or a method for parameters by name, such as "fc.*=dense"; repeatable, the first match counts',
     )
 
 
@@ -205,18 +206,21 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 def _info(arguments: argparse.Namespace) -> None:
     contents = checkpoint.read(arguments.file)
-    fields = contents.fields
-    generated = sum(prod(row["shape"]) for row in fields["table"])
-    settings = ", ".join(f"{key}={value}" for key, value in fields["settings"].items())
+    fields, plan = contents.fields, header.plan_from(contents.fields, 0)
+    methods = [["method", _method(plan.scopes[0])]]
+    if len(plan.scopes) > 1:
+        methods = []
+        for i, scope in enumerate(plan.scopes):
+            dof, generated = _counts(contents, plan, {i})
+            name = _one_line(f"scope {scope.name}".rstrip())
+            methods.append([name, f"{_method(scope)}, {dof} degrees of freedom, {generated}"])
+    dof, generated = _counts(contents, plan, set(range(len(plan.scopes))))
     rows = [
         ["format", fields["format"]],
-        ["method", f"{fields['method']} ({settings})"],
+        *methods,
         ["seed", fields["seed"]],
-        ["degrees of freedom", f"{fields['size']:,}"],
-        [
-            "generated weights",
-            f"{generated:,} in {len(fields['table'])} tensors ({generated / fields['size']:.2f} each)",
-        ],
+        ["degrees of freedom", dof],
+        ["generated weights", generated],
         ["stored tensors", f"{len(contents.tensors)}, {sum(t.numel() for t in contents.tensors.values()):,} numbers"],
         ["bytes", f"{arguments.file.stat().st_size:,}"],
         ["digest", f"{fields['digest']} (verified)"],
@@ -228,6 +232,26 @@ def _info(arguments: argparse.Namespace) -> None:
         for row in fields["table"]
     ]
     print(tabulate(table, ["weight", "shape", "offset", "scale"]))
+
+
+def _method(scope: Scope) -> str:
+    """A scope's method with its settings, without those that are off as they are by default."""
+    generator = scope.generator
+    shown = [f for f in dataclasses.fields(generator) if f.default or getattr(generator, f.name) != f.default]
+    settings = ", ".join(f"{f.name}={getattr(generator, f.name)}" for f in shown)
+    return f"{generator.method} ({settings})" + (", frozen" if scope.frozen else "")
+
+
+def _counts(contents: header.Contents, plan: Plan, scopes: set[int]) -> tuple[str, str]:
+    """The degrees of freedom of some scopes (of a pruned state those that are left), and the weights generated from them."""
+    dof = sum(plan.scopes[i].size for i in scopes)
+    for state, (first, *_) in plan.states.items():
+        if plan.scope_of[first] in scopes and state + header.KEPT in contents.tensors:
+            dof += len(contents.tensors[state]) - plan.scope(first).size
+    views = [view for name, view in plan.views.items() if plan.scope_of[name] in scopes]
+    generated = sum(view.count for view in views)
+    each = f" ({generated / dof:.2f} each)" if dof else ""
+    return f"{dof:,}", f"{generated:,} in {len(views)} tensors{each}"
 
 
 def _pack(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
+from fxrpg.least_squares import conjugate_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,16 @@ class Generator(ABC):
             state: the state now.
             targets: (view, scale, wanted weight of `view.shape`, float64) for each weight that reads it.
         """
-        return _conjugate_gradients(self, state, targets)
+        live = state if self.sparse else torch.ones_like(state)
+
+        def forward(direction: Tensor) -> Iterator[Tensor]:
+            return (self.materialize(direction, view, state.dtype) * scale for view, scale, _ in targets)
+
+        def adjoint(weights: Iterable[Tensor]) -> Tensor:
+            pairs = zip(targets, weights, strict=True)
+            return torch.stack([self.accumulate(w * scale, live, view) for (view, scale, _), w in pairs]).sum(0)
+
+        return conjugate_gradients(forward, adjoint, [target for _, _, target in targets])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +245,8 @@ class View:
         """The view that `text` stands for."""
         data = json.loads(text)
         generator = Generator.registry[data.pop("method")](**data.pop("settings"))
-        lists = {name: tuple(data.pop(name)) for name in ("shape", "order", "original")}
-        return View(generator=generator, kept=tuple(map(tuple, data.pop("kept"))), **lists, **data)
+        data |= {name: tuple(data[name]) for name in ("shape", "order", "original")}
+        return View(**data | {"generator": generator, "kept": tuple(map(tuple, data["kept"]))})
 
     def narrowed(self, weight: Tensor) -> Tensor:
         """The kept channels of a weight that has them all."""
@@ -268,31 +278,6 @@ class View:
         return logical.permute(inverse).clone(memory_format=torch.contiguous_format)
 
 
-class _StraightThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, smooth: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return None, grad
-
-    @staticmethod
-    def jvp(ctx: Any, _value: Any, smooth: Any) -> Any:  # type: ignore[override]
-        return smooth.clone()
-
-
-def straight_through(value: Tensor, smooth: Tensor) -> Tensor:
-    """`value`, with the derivatives of `smooth` (same shape and type)."""
-    return _StraightThrough.apply(value.detach(), smooth)
-
-
 def rounded(x: float) -> float:
     """`x` with 16 significant bits: those of a measured deviation that do not depend on the number of threads."""
     mantissa, exponent = math.frexp(x)
@@ -309,29 +294,3 @@ def generator_from(method: str | Generator) -> Generator:
             "method", f"must be one of {known} or an instance of their classes", repr(method), "Pass one of them."
         )
     return Generator.registry[method]()
-
-
-def _conjugate_gradients(
-    generator: Generator, state: Tensor, targets: Sequence[tuple[View, float, Tensor]], steps: int = 500
-) -> Tensor:
-    """Least squares for a linear method, never holding more of its matrix than one weight."""
-
-    def pull(weights: Iterator[Tensor]) -> Tensor:
-        parts = zip(targets, weights, strict=True)
-        return torch.stack([generator.accumulate(w * scale, live, view) for (view, scale, _), w in parts]).sum(0)
-
-    live = state if generator.sparse else torch.ones_like(state)
-    found = torch.zeros_like(state)
-    residual = pull(target for _, _, target in targets)
-    direction, energy = residual.clone(), residual.square().sum()
-    enough = 1e-20 * energy
-    for _ in range(steps):
-        if energy <= enough:
-            break
-        there = pull(generator.materialize(direction, view, state.dtype) * scale for view, scale, _ in targets)
-        length = energy / (direction * there).sum()
-        found += length * direction
-        residual -= length * there
-        energy, before = residual.square().sum(), energy
-        direction = residual + energy / before * direction
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tabulate import tabulate
@@ -45,8 +46,8 @@ class Ledger:
 
     @property
     def ratio(self) -> float:
-        """Generated weights per degree of freedom."""
-        return self.generated / self.dof
+        """Generated weights per degree of freedom; infinite where all numbers of a pruned state are zero."""
+        return self.generated / self.dof if self.dof else math.inf
 
     def __str__(self) -> str:
         rows = [

@@ -9,7 +9,7 @@ from torch import nn
 
 from fxrpg.assemble import check_untransformed
 from fxrpg.errors import FxrpgError
-from fxrpg.roles import NORMS, PLAIN_KINDS, Role, role_of
+from fxrpg.roles import NORMS, PLAIN_KINDS, Role, parametrized_layers, role_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -61,12 +61,13 @@ def unroll(module: nn.Module, times: int, *, own_norm: bool = True) -> Unrolled:
 def _step(first: nn.Module, own_norm: bool) -> nn.Module:
     """A copy of `first` that shares with it what steps share."""
     shared: dict[int, Any] = {}
+    holders = {id(holder): layer for holder, layer in parametrized_layers(first)}
     for part in first.modules():
         norm = isinstance(part, NORMS)
         if norm and not own_norm:
             shared[id(part)] = part
         for name, parameter in part._parameters.items():
-            role = None if parameter is None else role_of(part, name, tuple(parameter.shape))
+            role = None if parameter is None else role_of(holders.get(id(part), part), name, tuple(parameter.shape))
             weight = isinstance(role, Role) and role.kind not in PLAIN_KINDS
             if parameter is not None and not weight and not norm:
                 shared[id(parameter)] = parameter

@@ -48,7 +48,8 @@ class Rule:
             fix = 'Write fxrpg.Rule("layer1.*", "dense").'
             raise FxrpgError(where, "the pattern must be a string, a module or a function", repr(self.pattern), fix)
         if self.action == DENSE and (self.dof is not None or self.scope is not None):
-            raise FxrpgError(where, "a dense parameter has neither dof nor scope", f"dof={self.dof}", "Leave them out.")
+            found = f"dof={self.dof!r}" if self.dof is not None else f"scope={self.scope!r}"
+            raise FxrpgError(where, "a dense parameter has neither dof nor scope", found, "Leave them out.")
         if isinstance(self.pattern, str) and self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])

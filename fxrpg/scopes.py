@@ -108,8 +108,9 @@ def repeated_blocks(model: nn.Module) -> dict[str, str]:
     """Path -> class name of the outermost modules, with parts of their own, whose class occurs more than once."""
 
     def is_block(module: nn.Module) -> bool:
-        container = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        return not container and any(True for _ in module.children())
+        # a graph module keeps its parts in modules without a class of their own
+        plain = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or type(module) is nn.Module
+        return not plain and any(True for _ in module.children())
 
     classes = Counter(type(module) for module in model.modules() if is_block(module))
     blocks: dict[str, str] = {}
@@ -130,11 +131,14 @@ def _sizes(groups: Mapping[Label, list[Choice]], dof: Dof) -> dict[Label, int]:
     for (rule, name), members in groups.items():
         shapes = [tuple(choice.candidate.parameter.shape) for choice in members]
         pools.setdefault(rule, {})[name] = shapes
+    if None not in pools and dof is not None and not isinstance(dof, float):
+        fix = "Leave it out, or give it to a rule."
+        raise FxrpgError("dof", "must have weights that no rule gives a state of their own", repr(dof), fix)
     sizes: dict[Label, int] = {}
     for rule, scopes in pools.items():
         generator = next(members[0].generator for (r, _), members in groups.items() if r is rule)
         wanted, where = (dof, "dof") if rule is None else (rule.dof, f"plan rule {rule}, dof")
-        if rule is not None and wanted is None and not (isinstance(dof, int) or isinstance(dof, Mapping)):
+        if rule is not None and wanted is None and isinstance(dof, float) and generator.needs_dof:
             wanted = dof  # a fraction means the same for the rule's own weights
         for name, size in _split(generator, scopes, wanted, where).items():
             sizes[rule, name] = size

@@ -6,6 +6,8 @@ their fake, autograd and autocast registrations.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,10 @@ def _no_gradient(*args: Any) -> Any:
     raise AssertionError("asked for a gradient that the op does not have")  # an index, or the bias of an embedding
 
 
+def _no_flops(*args: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class DenseOp:
     """An op on an ordinary weight, with its gradients taken apart: what a staged op runs around a generated weight.
@@ -35,6 +41,7 @@ class DenseOp:
         weight_grad: (grad, inputs, shape, *config) -> gradient of the weight.
         input_grads: (grad, inputs, weight, needed, *config) -> one gradient or None for each input.
         bias_grad: (grad, *config) -> gradient of the bias.
+        flops: (shapes of the inputs, shape of the weight, shape of the output, *config) -> floating-point operations.
         autocast: "lower" casts inputs to autocast's type as torch does for this op, "state" to the state's type.
     """
 
@@ -45,7 +52,40 @@ class DenseOp:
     weight_grad: Callable[..., Tensor]
     input_grads: Callable[..., list[Tensor | None]] = _no_gradient
     bias_grad: Callable[..., Tensor] = _no_gradient
+    flops: Callable[..., int] = _no_flops
     autocast: str = "lower"
+
+
+@functools.cache
+def register_flops() -> None:
+    """Have `torch.utils.flop_counter` count staged ops as the ops that they stand for; generating costs none of its kind.
+
+    Called when a first model is transformed: the module imports Triton, which `import fxrpg` does not.
+    """
+    counter = importlib.import_module("torch.utils.flop_counter")
+    for op, dense in DENSE_OPS.items():
+        forward, backward = _flop_formulas(dense)
+        counter.register_flop_formula(op.overloadpacket, get_raw=True)(forward)
+        counter.register_flop_formula(_backward_op(dense).overloadpacket, get_raw=True)(backward)
+
+
+def _flop_formulas(dense: DenseOp) -> tuple[Callable[..., int], Callable[..., int]]:
+    n = len(dense.inputs)
+
+    def forward(*args: Any, out_val: Any = None, **_: Any) -> int:
+        shapes = [x.shape for x in args[:n]]
+        return dense.flops(shapes, View.parse(args[n + 3]).shape, out_val.shape, *args[n + 4 :])
+
+    def backward(grad: Any, *args: Any, out_val: Any = None, **_: Any) -> int:
+        shapes, needed = [x.shape for x in args[:n]], args[-1]
+        once = dense.flops(shapes, View.parse(args[n + 2]).shape, grad.shape, *args[n + 3 : -1])
+        return once * (sum(map(bool, needed[:n])) + bool(needed[n + 1]))
+
+    return forward, backward
+
+
+def _backward_op(dense: DenseOp) -> Any:
+    return getattr(torch.ops.fxrpg, f"{dense.name}_backward").default
 
 
 DENSE_OPS: dict[Any, DenseOp] = {}
@@ -78,7 +118,7 @@ class _Staged:
     def __init__(self, dense: DenseOp) -> None:
         self.dense, self.n = dense, len(dense.inputs)
         self.op = getattr(torch.ops.fxrpg, dense.name).default
-        self.op_backward = getattr(torch.ops.fxrpg, f"{dense.name}_backward").default
+        self.op_backward = _backward_op(dense)
 
     def forward(self, *args: Any) -> Tensor:
         return _own_tensor(self._run(args, generate_weight))

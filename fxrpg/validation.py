@@ -148,7 +148,7 @@ def _generator(path: Any, fields: dict[str, Any]) -> Generator:
         raise FxrpgError(str(path), must, shown(fields["method"]), _OTHER_VERSION)
     cls = Generator.registry[fields["method"]]
     hints, must = typing.get_type_hints(cls), f"must hold settings of the method {fields['method']!r}"
-    allowed = {f.name: typing.get_args(hints[f.name]) or (hints[f.name],) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    allowed = {f.name: typing.get_args(hints[f.name]) or (hints[f.name],) for f in dataclasses.fields(cls)}
     given = _types(fields["settings"])
     if set(given) != set(allowed) or not all(given[name] in allowed[name] for name in given):
         raise damaged(path, must, shown(fields["settings"]))

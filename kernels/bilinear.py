@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ def bilinear_bias_grad(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
+def bilinear_flops(xs: list, weight: tuple[int, ...], out: tuple[int, ...]) -> int:
+    return 2 * prod(xs[0][:-1]) * (prod(weight) + weight[0] * weight[2])
+
+
 define_staged_op(
     DenseOp(
         name="bilinear",
@@ -44,6 +49,7 @@ define_staged_op(
         input_grads=bilinear_input_grads,
         weight_grad=bilinear_weight_grad,
         bias_grad=bilinear_bias_grad,
+        flops=bilinear_flops,
         autocast="state",
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -56,6 +57,14 @@ def _batched(x: Tensor, dims: int) -> Tensor:
     return x if x.dim() == dims else x.unsqueeze(0)
 
 
+def conv_flops(xs: list, weight: tuple[int, ...], out: tuple[int, ...], *config: Any) -> int:
+    """Every position of the smaller image, that which is not upsampled, meets every weight once."""
+    transposed, dims = config[3], len(weight) - 2
+    image = xs[0] if transposed else out
+    batch = image[0] if len(image) == dims + 2 else 1
+    return 2 * batch * prod(image[-dims:]) * prod(weight)
+
+
 define_staged_op(
     DenseOp(
         name="conv",
@@ -65,6 +74,7 @@ define_staged_op(
         input_grads=conv_input_grads,
         weight_grad=conv_weight_grad,
         bias_grad=conv_bias_grad,
+        flops=conv_flops,
     )
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from math import prod
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ def linear_bias_grad(grad: Tensor, transposed: bool) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
+def linear_flops(xs: list, weight: tuple[int, ...], out: tuple[int, ...], transposed: bool) -> int:
+    return 2 * prod(out) * xs[0][-1]
+
+
 define_staged_op(
     DenseOp(
         name="linear",
@@ -43,6 +48,7 @@ define_staged_op(
         input_grads=linear_input_grads,
         weight_grad=linear_weight_grad,
         bias_grad=linear_bias_grad,
+        flops=linear_flops,
     )
 )
 

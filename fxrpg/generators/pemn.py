@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View, straight_through
+from fxrpg.generator import Generator, View
 from fxrpg.hashing import PROTOTYPE, SCORE, Bijection, near_normal, random_words
 from fxrpg.packing import pack_bits, unpack_bits
+from fxrpg.straight_through import straight_through
 
 PROTOTYPES = ("random_padding", "one_layer")
 VALUES = ("normal", "signed_constant")

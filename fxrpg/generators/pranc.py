@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fxrpg.basis import LAWS, fixed_point
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View, straight_through
+from fxrpg.generator import Generator, View
+from fxrpg.straight_through import straight_through
 
 MANY_DRAWS = 10**11
 
@@ -42,7 +43,7 @@ class Pranc(Generator):
 
     law: str = "rademacher"
     norms: bool = False
-    sparse: bool = False  # type: ignore[assignment]
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         if self.law not in LAWS:

@@ -57,7 +57,7 @@ class Ring(Generator):
     reflect: bool = True
     bits: int | None = None
     bits_block: int = 0
-    sparse: bool = False  # type: ignore[assignment]
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         if self.block not in BLOCKS:

@@ -1,0 +1,139 @@
+"""Training steps on the coefficients of a PRANC model: some at a time, or so that prefixes of them work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxrpg.assemble import plan_of
+from fxrpg.errors import FxrpgError
+from fxrpg.hashing import COORDINATE, Bijection, derive_key
+from fxrpg.owner import tensor_at
+from fxrpg.plan import checked_seed
+from fxrpg.scopes import shares
+
+
+class PrancTrainer:
+    """Optimisation steps for a PRANC model, with any optimizer.
+
+    `trainer.step(lambda: loss_of(model(x), y))` takes the place of `zero_grad`, `backward` and `optimizer.step`.
+
+    Coordinate descent (PRANC, Section 3): with `active=m` only m coefficients, chosen at random, move for `period` steps,
+    then others do. The rest keep their values and their entries in the optimizer's state (momenta, second moments), bit
+    for bit; what the optimizer counts for a whole tensor, such as Adam's step, counts for all. Parameters that are no
+    coefficients train at every step.
+
+    Nested training (the paper's Section 6): with `nested=True` each step adds the loss of a random prefix of the
+    coefficients to that of all, so that a model cut to any prefix (`fxrpg.truncate(model, k, order="index")`) works.
+
+    Args:
+        model: the result of `transform` with PRANC.
+        optimizer: any that steps without a closure; its parameters hold the model's coefficients.
+        active: how many coefficients move at a time; None moves all. With several scopes each gets its share.
+        period: steps until others are chosen (the paper: an epoch).
+        nested: train prefixes.
+        seed: of the choices, which follow from it and the number of steps taken, `steps`, alone.
+
+    Raises:
+        FxrpgError: `model` is no PRANC model or has frozen coefficients; a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        active: int | None = None,
+        period: int = 1,
+        nested: bool = False,
+        seed: int = 0,
+    ) -> None:
+        plan = plan_of(model)
+        self._alphas = {
+            state: tensor_at(model, state)
+            for state, (name, *_) in plan.states.items()
+            if plan.scope(name).generator.method == "pranc"
+        }
+        sizes = {state: len(alpha) for state, alpha in self._alphas.items()}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not sizes or not all(id(alpha) in held for alpha in self._alphas.values()):
+            found = "no coefficients" if not sizes else "an optimizer without them"
+            fix = "Transform with method='pranc', and pass the coefficients to the optimizer."
+            raise FxrpgError("PrancTrainer", "needs a PRANC model and an optimizer of its coefficients", found, fix)
+        for name, value, most in (("active", active, sum(sizes.values())), ("period", period, None)):
+            least = len(sizes) if name == "active" else 1
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and least <= value <= (most or value)):
+                must = f"must be an int in [{least}, {most}]" if most else "must be an int of 1 or more"
+                raise FxrpgError(f"PrancTrainer, {name}", must, repr(value), "Pass one.")
+        self.optimizer, self.period, self.nested, self.seed = optimizer, period, nested, checked_seed(seed)
+        self.steps = 0
+        self._active = None if active is None else shares(active, sizes)
+
+    def step(self, loss: Callable[[], Tensor]) -> Tensor:
+        """One step on `loss`, a function that runs the model and returns the loss. Returns the loss before it, detached."""
+        self.optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        if self.nested:
+            self._add_prefix_gradient(loss)
+        if self._active is None:
+            self.optimizer.step()
+        else:
+            self._step_active()
+        self.steps += 1
+        return value.detach()
+
+    def active(self, state: str) -> Tensor:
+        """Which coefficients of `state` move in the step to come: bool [k]."""
+        alpha = self._alphas[state]
+        if self._active is None:
+            return torch.ones(len(alpha), dtype=torch.bool, device=alpha.device)
+        order = Bijection.keyed(len(alpha), self.seed, COORDINATE, self.steps // self.period)
+        chosen = order(torch.arange(self._active[state], device=alpha.device))
+        return torch.zeros(len(alpha), dtype=torch.bool, device=alpha.device).index_fill_(0, chosen, True)
+
+    def prefix(self, state: str) -> int:
+        """How many coefficients of `state` the prefix of the step to come has, from 1 to k."""
+        return 1 + (derive_key(self.seed, COORDINATE, self.steps, 0, 0) * len(self._alphas[state]) >> 32)
+
+    def _add_prefix_gradient(self, loss: Callable[[], Tensor]) -> None:
+        """Add the gradient of the loss with the coefficients past the prefixes at zero; theirs stays as it is."""
+        saved = {}
+        for state, alpha in self._alphas.items():
+            first = self.prefix(state)
+            grad = None if alpha.grad is None else alpha.grad[first:].clone()
+            saved[state] = first, alpha.detach()[first:].clone(), grad
+            with torch.no_grad():
+                alpha[first:] = 0
+        try:
+            loss().backward()
+        finally:
+            with torch.no_grad():
+                for state, alpha in self._alphas.items():
+                    first, values, grad = saved[state]
+                    alpha[first:] = values
+                    if alpha.grad is not None:
+                        alpha.grad[first:] = 0 if grad is None else grad
+
+    def _step_active(self) -> None:
+        """The optimizer's step, undone for every coefficient that is not active."""
+        before: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+        for state, alpha in self._alphas.items():
+            moments = {key: value.clone() for key, value in self._moments(alpha).items()}
+            before[state] = alpha.detach().clone(), moments
+        self.optimizer.step()
+        with torch.no_grad():
+            for state, alpha in self._alphas.items():
+                moves, (values, moments) = self.active(state), before[state]
+                alpha.copy_(torch.where(moves, alpha, values))
+                for key, value in self._moments(alpha).items():
+                    value.copy_(torch.where(moves, value, moments.get(key, torch.zeros_like(value))))
+
+    def _moments(self, alpha: Tensor) -> dict[str, Tensor]:
+        """What the optimizer keeps for every single coefficient."""
+        kept = self.optimizer.state.get(alpha, {})
+        return {key: v for key, v in kept.items() if isinstance(v, Tensor) and v.shape == alpha.shape and v.dim()}
