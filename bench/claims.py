@@ -41,7 +41,7 @@ from fxrpg.generator import View  # noqa: E402
 CSV = ROOT / "bench" / "results" / "claims.csv"
 COLUMNS = ("task", "model", "seed", "metric", "value", "dof", "bytes", "seconds", "commit", "torch", "date")
 SEEDS = 5
-RINGS = {"digits": 256, "scenes": 1024}
+RINGS = {"digits": 256, "scenes": 16_384}
 ALPHAS = {"digits": 512, "scenes": 1024}
 Build = Callable[[tasks.Task, int], nn.Module]
 Row = dict[str, object]
@@ -172,14 +172,14 @@ def _trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _dof(model: nn.Module) -> int:
-    return fxrpg.ledger(model).dof if hasattr(model, "fxrpg_scale") else _trainable(model)
+def _dof(model: nn.Module) -> int | str:
+    return fxrpg.ledger(model).dof if hasattr(model, "fxrpg_scale") else ""
 
 
 def _bytes(model: nn.Module) -> int:
-    """The model's file: of masks without their scores."""
+    """The model's file, of masks without their scores; the tensors of a dense model."""
     if not hasattr(model, "fxrpg_scale"):
-        return sum(tensor.nbytes for tensor in model.state_dict().values())
+        return sum(tensor.nbytes for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
     masks = any("_score" in name for name, _ in model.named_parameters())
     with tempfile.TemporaryDirectory() as folder:
         fxrpg.save(fxrpg.freeze(model) if masks else model, path := Path(folder) / "model.safetensors")

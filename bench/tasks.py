@@ -68,7 +68,7 @@ def scenes(*, seed: int = 0, train: int = 10_000, test: int = 2_000) -> Task:
     for part, count in zip(SPLIT, (train, test), strict=True):
         chosen = torch.randint(len(labels[part]), (count,), generator=draw)
         parts.append((draw_scenes(ink[part], chosen, draw), labels[part][chosen]))
-    return _task("scenes", parts, augment=shift_by(2, paper=None), epochs=10, stem=2, patch=4)
+    return _task("scenes", parts, augment=shift_by(2, paper=None), epochs=6, stem=2, patch=4)
 
 
 def _task(name: str, parts: Sequence[tuple[Tensor, Tensor]], **rest: Any) -> Task:

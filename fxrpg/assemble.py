@@ -69,6 +69,14 @@ def views_in(model: nn.Module) -> dict[str, View]:
     return {name: view for name, view in plan.views.items() if name in left}
 
 
+def states_in(model: nn.Module) -> dict[str, list[str]]:
+    """`Plan.states` without the states of weights whose owners surgery took out, which went with them."""
+    plan, left = plan_of(model), views_in(model)
+    return {
+        s: names for s, names in plan.states.items() if names[0] in left or not plan.scope(names[0]).generator.local
+    }
+
+
 def check_untransformed(model: nn.Module) -> None:
     """Raise FxrpgError if `model`, or a part of it, is transformed already."""
     for name, module in model.named_modules():
@@ -161,6 +169,9 @@ def put_state(root: nn.Module, name: str, state: Tensor) -> None:
     """Register a state under its dotted name: a parameter, or a buffer for one that is frozen."""
     path, _, attribute = name.rpartition(".")
     holder = root.get_submodule(path)
+    if hasattr(holder, attribute):
+        fix = "Rename it."
+        raise FxrpgError(name, "must be free for the generator's state", "an attribute of the model", fix)
     if state.is_floating_point():
         holder.register_parameter(attribute, nn.Parameter(state))
     else:
@@ -196,8 +207,8 @@ def replan(root: nn.Module, plan: Plan) -> None:
 def disassemble(root: nn.Module) -> None:
     """Turn a transformed `root` into an ordinary module with full weights under their original names, in place."""
     plan = plan_of(root)
-    weights = {name: nn.Parameter(weight_of(root, name)) for name in plan.views}
-    for name in plan.states:
+    weights = {name: nn.Parameter(weight_of(root, name)) for name in views_in(root)}
+    for name in states_in(root):
         take_state(root, name)
     taken: dict[int, tuple[nn.Module, dict[str, nn.Parameter]]] = {}
     for name, owner, attribute in owned(root):

@@ -19,8 +19,9 @@ from torch import Tensor
 from fxrpg.generator import View
 from fxrpg.hashing import COLUMN, ROW, crossed_words, words_at
 
-CHUNK = 1 << 16
-"""Words drawn at a time: half a megabyte with what is made of them stays in a core's cache."""
+CHUNK = 7 << 12
+"""Words drawn at a time. What is made of them stays in a core's cache, and below the 32,768 elements from which torch would
+split each of these many small steps between threads, which on a busy machine wait for one another."""
 
 
 class Law(ABC):
@@ -49,6 +50,10 @@ class Law(ABC):
     def project(self, grad: Tensor, view: View, size: int) -> Tensor:
         """The adjoint: sum_i grad_i v_ik for every k < `size`, of a float64 `grad` [count]. Returns float64 [size]."""
 
+    @abstractmethod
+    def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
+        """All v_ik for k < `size` at once, float64 [size, count]: as large as it says, the definition of the others."""
+
     def draws(self, view: View) -> int:
         """Values that one pass over the weight draws."""
         return view.count * view.size
@@ -56,6 +61,8 @@ class Law(ABC):
 
 def fixed_point(alphas: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`alphas` as rows of integers: alpha_k = sum_l limbs[l, k] * weights[l], to 31 bits of the largest (62 for float64).
+
+    How many rows there are depends on how many alphas; what they stand for does not.
 
     Args:
         alphas: floating-point [k].
@@ -68,14 +75,16 @@ def fixed_point(alphas: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     wanted = 62 if alphas.dtype == torch.float64 else 31
     each = min(31, 53 - bits - max(1, len(alphas) - 1).bit_length())
     alphas = alphas.to(torch.float64)
-    largest = alphas.abs().amax() + 0 * alphas.sum()  # the sum carries NaN and infinity over
-    exponent = torch.frexp(torch.nan_to_num(largest, 1.0, 1.0))[1].to(torch.float64)
+    broken = (0 * alphas).sum()  # zero, or NaN if an alpha is not finite
+    exponent = torch.frexp(torch.nan_to_num(alphas.abs().amax(), 1.0, 1.0))[1].to(torch.float64)
+    exponent = exponent.clamp(min=-960)  # so that its power, and that of the last bit, are normal numbers
     rest, limbs, weights = alphas * torch.exp2(-exponent), [], []
-    for limb in range(count := -(-wanted // each)):
-        rest = rest * 2.0**each
-        whole = torch.round(rest) if limb == count - 1 else torch.trunc(rest)
+    for done in range(0, wanted, each):
+        width = min(each, wanted - done)
+        rest = rest * 2.0**width
+        whole = torch.round(rest) if done + width == wanted else torch.trunc(rest)
         limbs.append(whole)
-        weights.append(torch.exp2(exponent - each * (limb + 1)) + 0 * largest)
+        weights.append(torch.exp2(exponent - (done + width)) + broken)
         rest = rest - whole
     return torch.stack(limbs), torch.stack(weights)[:, None]
 
@@ -95,8 +104,9 @@ class Rademacher(Law):
             for first, words in _crossed(rows, groups, view):
                 for byte in range(4):
                     chosen = (words >> 8 * byte & 0xFF) + _starts(len(words), numbers.device)
-                    some = tables[:, 4 * first + byte : 4 * (first + len(words)) : 4].reshape(len(numbers), -1)
-                    part += some.index_select(1, chosen.view(-1)).view(len(numbers), *words.shape).sum(1)
+                    some = tables[:, 4 * first + byte : 4 * (first + len(words)) : 4].flatten(1)
+                    for row, table in zip(part, some, strict=True):
+                        row += table.index_select(0, chosen.view(-1)).view(words.shape).sum(0)
             parts.append(part)
         return torch.cat(parts, 1)
 
@@ -114,6 +124,10 @@ class Rademacher(Law):
             start += len(rows)
         return (bins @ _signs_of_bytes(grad.device)).view(-1)[:size]
 
+    def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
+        rows = _rows(0, view.count, view, device)
+        return _signs(crossed_words(rows, _columns(0, -(-size // 32), view, device)), size)
+
 
 class Drawn(Law):
     """Values that are drawn one by one, then multiplied as a matrix."""
@@ -129,7 +143,7 @@ class Drawn(Law):
         size, parts = numbers.shape[1], []
         for rows in _row_chunks(view.count, view, numbers.device):
             part = numbers.new_zeros(len(numbers), len(rows))
-            for first, count in self._vectors(size, len(rows)):
+            for first, count in self._runs(size, len(rows)):
                 part += numbers[:, first : first + count] @ self.values(rows, first, count, view)
             parts.append(part)
         return torch.cat(parts, 1)
@@ -138,12 +152,15 @@ class Drawn(Law):
         out, start = grad.new_zeros(size), 0
         for rows in _row_chunks(view.count, view, grad.device):
             some = grad[start : start + len(rows)]
-            for first, count in self._vectors(size, len(rows)):
+            for first, count in self._runs(size, len(rows)):
                 out[first : first + count] += self.values(rows, first, count, view) @ some
             start += len(rows)
         return out
 
-    def _vectors(self, size: int, rows: int) -> Iterator[tuple[int, int]]:
+    def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
+        return self.values(_rows(0, view.count, view, device), 0, size, view)
+
+    def _runs(self, size: int, rows: int) -> Iterator[tuple[int, int]]:
         """(first, count) of the basis vectors in each chunk: an even count, because two may share a word."""
         step = 2 * max(1, int(CHUNK / self.words) // rows // 2)
         return ((first, min(step, size - first)) for first in range(0, size, step))
@@ -156,7 +173,7 @@ class Uniform(Drawn):
     words = 0.5
 
     def values(self, rows: Tensor, first: int, count: int, view: View) -> Tensor:
-        words = crossed_words(rows, _columns(first // 2, -(-count // 2), view))
+        words = crossed_words(rows, _columns(first // 2, -(-count // 2), view, rows.device))
         halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], 1).view(-1, len(rows))[:count]
         return halves.to(torch.float64).mul_(2).sub_(0xFFFF)
 
@@ -164,12 +181,13 @@ class Uniform(Drawn):
 class Normal(Drawn):
     """Sums of eight 16-bit uniform integers (Irwin-Hall), as the initial states: near normal, and exact everywhere."""
 
-    bits, deviation = 19, math.sqrt(8 * ((1 << 32) - 1) / 12)
+    bits, deviation = 18, math.sqrt(8 * ((1 << 32) - 1) / 12)
     words = 4.0
 
     def values(self, rows: Tensor, first: int, count: int, view: View) -> Tensor:
-        words = crossed_words(rows, _columns(4 * first, 4 * count, view)).view(count, 4, len(rows))
-        return ((words & 0xFFFF) + (words >> 16 & 0xFFFF)).sum(1).sub_(4 * 0xFFFF).to(torch.float64)
+        words = crossed_words(rows, _columns(4 * first, 4 * count, view, rows.device)).view(count, 4, len(rows))
+        halves = (words & 0xFFFF) + (words >> 16 & 0xFFFF)
+        return halves.sum(1, dtype=torch.int32).sub_(4 * 0xFFFF).to(torch.float64)
 
 
 class KhatriRao(Law):
@@ -190,19 +208,21 @@ class KhatriRao(Law):
         parts = [((left @ matrix) * right).sum(1) for _, left, right in self._factors(view, size, grad.device)]
         return torch.cat(parts)
 
+    def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
+        some = [left[:, :, None] * right[:, None, :] for _, left, right in self._factors(view, size, device)]
+        return torch.cat(some).view(size, -1)
+
     def draws(self, view: View) -> int:
         return (view.count // view.fan_in + view.fan_in) * view.size
 
     def _factors(self, view: View, size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first, u, w) for chunks of the basis: signs, float64 [chunk, outputs] and [chunk, inputs]."""
         sides = view.count // view.fan_in + view.fan_in
-        rows = words_at(torch.arange(sides, device=device), view.seed, ROW, view.tensor)
-        step = 32 * max(1, CHUNK // sides)
+        rows = _rows(0, sides, view, device)
+        step = 32 * max(1, CHUNK // (16 * sides))
         for first in range(0, size, step):
             count = min(step, size - first)
-            words = crossed_words(rows, _columns(first // 32, -(-count // 32), view))
-            lanes = torch.arange(32, dtype=torch.int32, device=device)
-            signs = 1 - 2 * (words[:, None] >> lanes[:, None] & 1).view(-1, sides)[:count].to(torch.float64)
+            signs = _signs(crossed_words(rows, _columns(first // 32, -(-count // 32), view, device)), count)
             yield first, signs[:, : -view.fan_in], signs[:, -view.fan_in :]
 
 
@@ -212,21 +232,31 @@ LAWS: dict[str, Law] = {"rademacher": Rademacher(), "uniform": Uniform(), "norma
 def _row_chunks(count: int, view: View, device: torch.device) -> Iterator[Tensor]:
     """The random word of each element, some at a time: int32."""
     for start in range(0, count, CHUNK):
-        index = torch.arange(start, min(start + CHUNK, count), device=device)
-        yield words_at(index, view.seed, ROW, view.tensor)
+        yield _rows(start, min(start + CHUNK, count), view, device)
+
+
+def _rows(start: int, stop: int, view: View, device: torch.device) -> Tensor:
+    """The random words of the elements `start .. stop - 1`, int32."""
+    return words_at(torch.arange(start, stop, device=device), view.seed, ROW, view.tensor)
 
 
 def _crossed(rows: Tensor, groups: int, view: View) -> Iterator[tuple[int, Tensor]]:
     """(first group, words [groups, elements]) for chunks of the groups of 32 basis vectors."""
     step = max(1, CHUNK // len(rows))
-    columns = _columns(0, groups, view).to(rows.device)
+    columns = _columns(0, groups, view, rows.device)
     for first in range(0, groups, step):
         yield first, crossed_words(rows, columns[first : first + step])
 
 
-def _columns(first: int, count: int, view: View) -> Tensor:
+def _columns(first: int, count: int, view: View, device: torch.device) -> Tensor:
     """The random word of each column of the basis, int32 [count]."""
-    return words_at(torch.arange(first, first + count), view.seed, COLUMN, view.tensor)
+    return words_at(torch.arange(first, first + count, device=device), view.seed, COLUMN, view.tensor)
+
+
+def _signs(words: Tensor, count: int) -> Tensor:
+    """The first `count` rows of signs in rows of words, 32 in each, the first in the lowest bit: float64 [count, ...]."""
+    lanes = torch.arange(32, dtype=torch.int32, device=words.device)[:, None]
+    return 1 - 2 * (words[:, None] >> lanes & 1).view(-1, words.shape[1])[:count].to(torch.float64)
 
 
 def _starts(count: int, device: torch.device) -> Tensor:

@@ -23,19 +23,25 @@ Channels = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 _Conv = nn.modules.conv._ConvNd
 _Norm = nn.modules.batchnorm._NormBase
-# What treats every channel alike, one by one: pruning passes through it.
-_CHANNELWISE = (
+# What treats every channel alike, one by one: pruning passes through it. Elementwise wherever the channels lie,
+_ELEMENTWISE = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Sigmoid,
-    nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample,
-    nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.Hardsigmoid, nn.Tanh, nn.Softplus, nn.Dropout,
 )  # fmt: skip
-_CHANNELWISE_FUNCTIONS = {
+_ELEMENTWISE_FUNCTIONS = {
     F.relu, torch.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.hardtanh, torch.sigmoid,
-    torch.tanh, F.softplus, F.dropout, F.dropout2d, F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate,
+    torch.tanh, F.softplus, F.dropout,
 }  # fmt: skip
-_CHANNELWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous"}
+_ELEMENTWISE_METHODS = {"relu", "relu_", "sigmoid", "tanh", "contiguous"}
+# or over the pixels of an image.
+_SPATIAL = (
+    nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
+)  # fmt: skip
+_SPATIAL_FUNCTIONS = {
+    F.dropout2d, F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
+    F.adaptive_max_pool2d, F.interpolate,
+}  # fmt: skip
 
 
 def prune_channels(model: nn.Module, amount: float) -> nn.Module:
@@ -59,13 +65,17 @@ def prune_channels(model: nn.Module, amount: float) -> nn.Module:
     left: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     modules = dict(model.named_modules())
     for producer, (followers, readers) in _groups(model).items():
-        norms = _weight(model, plan, producer).abs().flatten(1).sum(1)
+        weight = _weight(model, plan, producer)
+        if weight.is_meta:
+            fix = "Load a file or a state_dict into the model first."
+            raise FxrpgError(f"prune_channels, {producer}", "must hold values", "a tensor on the meta device", fix)
+        norms = weight.abs().flatten(1).sum(1, dtype=torch.float64)
         drop = int(amount * len(norms))
         kept = tuple(sorted(torch.argsort(norms, descending=True, stable=True)[: len(norms) - drop].tolist()))
         for path in (producer, *followers):
             left[path] = kept, left.get(path, ((), ()))[1]
         for path in readers:
-            left[path] = left.get(path, ((), ()))[0], _inputs(modules[path], kept, len(norms))
+            left[path] = left.get(path, ((), ()))[0], _inputs(modules[path], modules[producer], kept, len(norms))
     if not left:
         fix = "Use fxrpg.prune, which zeroes single numbers."
         raise FxrpgError("prune_channels", "needs layers whose outputs only other layers read", "none", fix)
@@ -77,32 +87,30 @@ def prune_channels(model: nn.Module, amount: float) -> nn.Module:
 
 def narrow_modules(root: nn.Module, channels: Channels, where: Any = "prune_channels") -> None:
     """Take channels out of modules of `root`, in place: their sizes, and the dense parameters and buffers they hold."""
+    modules, fix = dict(root.named_modules()), "Pass a model of the architecture that was saved."
     for path, (outputs, inputs) in channels.items():
-        try:
-            module: Any = root.get_submodule(path)
-        except AttributeError:
-            module = None
+        module = modules.get(path)
         if not isinstance(module, nn.Linear | _Conv | _Norm):
             found = "none" if module is None else type(module).__name__
-            fix = "Pass a model of the architecture that was saved."
             raise FxrpgError(str(where), f"{path!r} must be a layer whose channels were pruned", found, fix)
-        for name, index in (
-            ("weight", outputs),
-            ("bias", outputs),
-            ("running_mean", outputs),
-            ("running_var", outputs),
-        ):
-            _narrow_tensor(module, name, index, inputs if name == "weight" else ())
+        try:
+            _narrow_tensor(module, "weight", outputs, inputs)
+            for name in ("bias", "running_mean", "running_var"):
+                _narrow_tensor(module, name, outputs)
+        except IndexError as e:
+            raise FxrpgError(str(where), f"{path!r} must have the channels that were kept", str(e), fix) from None
         _set_sizes(module, len(outputs), len(inputs))
 
 
-def _narrow_tensor(module: nn.Module, name: str, outputs: Sequence[int], inputs: Sequence[int]) -> None:
+def _narrow_tensor(module: nn.Module, name: str, *sides: Sequence[int]) -> None:
     tensor = module._parameters.get(name, module._buffers.get(name))
     if tensor is None or isinstance(tensor, StandIn):
         return
     narrowed = tensor.detach()
-    for axis, kept in enumerate((outputs, inputs)):
+    for axis, kept in enumerate(sides):
         if kept:
+            if kept[-1] >= narrowed.shape[axis]:  # for which index_select has several errors
+                raise IndexError(f"a {name} of shape {tuple(narrowed.shape)}")
             narrowed = narrowed.index_select(axis, torch.tensor(kept, device=narrowed.device))
     if isinstance(tensor, nn.Parameter):
         module._parameters[name] = nn.Parameter(narrowed, requires_grad=tensor.requires_grad)
@@ -125,16 +133,16 @@ def _groups(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
     """Layer whose outputs can go -> (modules that carry its channels on, layers that read them)."""
     graph = _traced(model)
     modules = dict(model.named_modules())
-    shared = _shared_modules(model)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    fixed = _shared_modules(model) | {path for path, count in calls.items() if count > 1}
+    fixed |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    fixed |= {path for path, module in modules.items() if not _plain(module)}
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for node in graph.nodes:
-        module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear) or (
-            isinstance(module, _Conv) and module.groups == 1 and not module.transposed
-        ):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if _mixes_channels(module):
             found = _followed(node, modules)
-            if found and not any(calls[path] > 1 or path in shared for path in (node.target, *found[0], *found[1])):
+            if found and fixed.isdisjoint((node.target, *found[0], *found[1])):
                 groups[str(node.target)] = found
     return groups
 
@@ -164,50 +172,77 @@ def _shared_modules(model: nn.Module) -> set[str]:
     return {path for found in paths.values() if len(found) > 1 for path in found}
 
 
+def _plain(module: nn.Module) -> bool:
+    """Whether a layer's parameters are its own, not what a weight_norm or a parametrization makes of others."""
+    return {"weight", "bias"} <= {*module._parameters, *(link.weights if (link := link_of(module)) else ())}
+
+
+def _mixes_channels(module: Any) -> bool:
+    """Whether a layer's every output reads all inputs."""
+    return isinstance(module, nn.Linear) or (isinstance(module, _Conv) and module.groups == 1 and not module.transposed)
+
+
 def _followed(producer: fx.Node, modules: dict[str, Any]) -> tuple[list[str], list[str]] | None:
     """What carries the outputs of `producer` on, and the layers that read them; None where anything else meets them."""
+    first = modules[str(producer.target)]
+    width, image = _outputs(first), not isinstance(first, nn.Linear)
     carriers: list[str] = []
     readers: list[str] = []
-    todo, seen = list(producer.users), {producer}
+    todo, seen = [(node, image) for node in producer.users], {producer}
     while todo:
-        node = todo.pop()
+        node, image = todo.pop()  # whether the channels are those of an image, or lie along the last axis
         if node in seen:
             continue
         seen.add(node)
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear) or (
-            isinstance(module, _Conv) and module.groups == 1 and not module.transposed
-        ):
+        if _reads(module, width, image):
             readers.append(str(node.target))
             continue
-        if isinstance(module, _Norm) or _is_depthwise(module):
+        if _carries(module, width, image):
             carriers.append(str(node.target))
-        elif not _is_channelwise(node, module):
+        elif not _is_channelwise(node, module, image):
             return None
-        todo.extend(node.users)
-    width = _outputs(modules[str(producer.target)])
-    fits = all(_width_in(modules[path]) % width == 0 for path in readers)
-    return (carriers, readers) if readers and fits else None
+        image = image and not _flattens(node, module)
+        todo.extend((user, image) for user in node.users)
+    return (carriers, readers) if readers else None
 
 
-def _is_depthwise(module: Any) -> bool:
-    return (
-        isinstance(module, _Conv) and module.groups == module.in_channels == module.out_channels and module.groups > 1
-    )
+def _reads(module: Any, width: int, image: bool) -> bool:
+    """Whether a layer takes the channels as its inputs: of a flattened image, several for each."""
+    if not _mixes_channels(module) or isinstance(module, nn.Linear) == image:
+        return False
+    return _width_in(module) == width if image else _width_in(module) % width == 0
 
 
-def _is_channelwise(node: fx.Node, module: Any) -> bool:
+def _carries(module: Any, width: int, image: bool) -> bool:
+    """Whether a module has a parameter for each channel and keeps channels apart: norms, depthwise convolutions."""
+    if isinstance(module, _Norm):
+        # along the last axis an instance norm mixes channels
+        return module.num_features == width and (image or not isinstance(module, nn.modules.instancenorm._InstanceNorm))
+    depthwise = isinstance(module, _Conv) and module.groups == module.in_channels == module.out_channels == width > 1
+    return depthwise and image
+
+
+def _is_channelwise(node: fx.Node, module: Any, image: bool) -> bool:
     if len(node.all_input_nodes) != 1:
         return False
+    if _flattens(node, module):
+        return True
     if node.op == "call_module":
-        flatten = isinstance(module, nn.Flatten) and module.start_dim == 1
-        return (
-            isinstance(module, _CHANNELWISE) or flatten or (isinstance(module, nn.PReLU) and module.num_parameters == 1)
-        )
+        one = isinstance(module, nn.PReLU) and module.num_parameters == 1
+        return one or isinstance(module, _ELEMENTWISE) or (image and isinstance(module, _SPATIAL))
     if node.op == "call_method":
-        return node.target in _CHANNELWISE_METHODS or (node.target == "flatten" and node.args[1:2] == (1,))
-    start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim")
-    return node.target in _CHANNELWISE_FUNCTIONS or bool(node.target is torch.flatten and start == 1)
+        return node.target in _ELEMENTWISE_METHODS
+    return node.target in _ELEMENTWISE_FUNCTIONS or (image and node.target in _SPATIAL_FUNCTIONS)
+
+
+def _flattens(node: fx.Node, module: Any) -> bool:
+    """Whether all axes but the first become one."""
+    if node.op == "call_module":
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target is torch.flatten or (node.op == "call_method" and node.target == "flatten"):
+        return (node.args[1:], node.kwargs) in (((1,), {}), ((1, -1), {}), ((), {"start_dim": 1}))
+    return False
 
 
 def _outputs(module: Any) -> int:
@@ -218,9 +253,14 @@ def _width_in(module: Any) -> int:
     return module.in_features if isinstance(module, nn.Linear) else module.in_channels
 
 
-def _inputs(reader: Any, kept: Sequence[int], width: int) -> tuple[int, ...]:
-    """The inputs of `reader` that the kept channels reach: flattened images give several a channel."""
+def _inputs(reader: Any, producer: Any, kept: Sequence[int], width: int) -> tuple[int, ...]:
+    """The inputs of `reader` that the kept channels reach, where flattening gives several a channel.
+
+    They lie channel by channel where an image was flattened, position by position behind a linear layer.
+    """
     each = _width_in(reader) // width
+    if isinstance(producer, nn.Linear):
+        return tuple(width * i + channel for i in range(each) for channel in kept)
     return tuple(each * channel + i for channel in kept for i in range(each))
 
 

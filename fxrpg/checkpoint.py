@@ -19,7 +19,7 @@ from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of
 from fxrpg.channels import narrow_modules
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
-from fxrpg.header import DTYPES, KEPT, Contents, canonical, damaged, header_of, tensors_digest
+from fxrpg.header import DTYPES, KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
 from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import DIGEST, SCALE
 from fxrpg.packing import pack_bits
@@ -151,7 +151,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, seed: int | None = N
     for state, names in plan.states.items():
         if state in trainable:
             trainable[state].requires_grad_(any(parameters[name].requires_grad for name in names))
-    fill(result, contents, path, {*states, SCALE, DIGEST})
+    fill(result, contents, path, {*states, *(state + KEPT for state in pruned_states(plan)), SCALE, DIGEST})
     return result
 
 
@@ -169,7 +169,7 @@ def unpack(path: str | os.PathLike[str], seed: int | None = None) -> dict[str, T
     contents = read(path)
     plan = contents.plan(path, seed)
     states, scale = contents.states(plan), encode_scales(contents.scale()).to(contents.frozen_dtype)
-    own = {*states, *(state + KEPT for state in states)}
+    own = {*states, *(state + KEPT for state in pruned_states(plan))}
     tensors = {name: tensor for name, tensor in contents.tensors.items() if name not in own}
     for name, view in plan.views.items():
         try:
@@ -187,8 +187,7 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     """What a file holds by name (tied tensors once), and alias -> name for the rest. Scales and digest are in the header."""
     if not isinstance(model, nn.Module):
         raise FxrpgError("save", "model must be a torch.nn.Module", type(model).__name__, "Pass model, then path.")
-    plan = plan_of(model)
-    sparse = {s for s, (name, *_) in plan.states.items() if (o := plan.scope(name)).generator.sparse and not o.frozen}
+    pruned = pruned_states(plan_of(model))
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     by_id: dict[int, str] = {}
@@ -205,7 +204,7 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
         else:
             kept[name] = tensor
             by_id[id(tensor)] = name
-    for name in sparse & kept.keys():
+    for name in pruned.keys() & kept.keys():
         state = kept[name]
         live = state.detach() != 0
         kept[name + KEPT] = pack_bits(live)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -21,10 +22,13 @@ from torch import nn
 
 from fxrpg import checkpoint, demo, header
 from fxrpg.api import transform
+from fxrpg.compact import freeze
 from fxrpg.errors import FxrpgError
 from fxrpg.explain import explain
 from fxrpg.fit import fit
+from fxrpg.generator import Generator, generator_from
 from fxrpg.ledger import ledger
+from fxrpg.owner import SCALE
 from fxrpg.plan import Plan, Scope
 from fxrpg.rule import Rule
 from fxrpg.version import __version__
@@ -97,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a state_dict (.pt or .safetensors): of the transformed model, taken as it is; of the plain one, projected",
     )
     command.add_argument("--withhold-seed", action="store_true", help="leave the seed out of the file (no encryption)")
+    command.add_argument(
+        "--freeze", action="store_true", help="pack for inference: masks as bits, a ring with --set bits=8 as its codes"
+    )
 
     example = "fxrpg unpack packed.safetensors --out dense.safetensors"
     command = _command(commands, "unpack", _unpack, "write the full weights of a packed file", example)
@@ -126,10 +133,21 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _add_transform(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dof", type=_number, help="degrees of freedom: a whole number, or a fraction such as 0.1")
+    command.add_argument("--method", default="ring", help="ring, pranc or pemn (default: %(default)s)")
     command.add_argument(
-        "--dof", required=True, type=_number, help="degrees of freedom: a whole number, or a fraction such as 0.1"
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="NAME=VALUE",
+        help='a setting of the method, such as "block=1" or "law=khatri_rao"; repeatable',
     )
-    command.add_argument("--method", default="ring", help="method (default: %(default)s)")
+    command.add_argument(
+        "--scope",
+        default="model",
+        help="who shares a state: model, stage, block, position or layer (default: %(default)s)",
+    )
     command.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")
     command.add_argument(
         "--rule",
@@ -146,6 +164,17 @@ def _number(text: str) -> int | float:
         with contextlib.suppress(ValueError):
             return kind(text)
     raise argparse.ArgumentTypeError(f"must be a number, found {text!r}")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, found {text!r}")
+    with contextlib.suppress(
+        ValueError, SyntaxError, RecursionError, MemoryError
+    ):  # the last two where it nests too deep
+        return name, ast.literal_eval(value)
+    return name, value
 
 
 def _rule(text: str) -> tuple[str, str]:
@@ -184,7 +213,22 @@ def build(spec: str, device: str = "cpu") -> nn.Module:
 
 def _transform(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
     rules = [Rule(pattern, action) for pattern, action in arguments.rule]
-    return transform(model, dof=arguments.dof, method=arguments.method, seed=arguments.seed, plan=rules)
+    method = _configured(arguments.method, dict(arguments.set))
+    return transform(model, dof=arguments.dof, method=method, scope=arguments.scope, seed=arguments.seed, plan=rules)
+
+
+def _configured(method: str, settings: dict[str, Any]) -> Generator:
+    """The method with the settings of `--set`."""
+    generator = generator_from(method)
+    known = {f.name: type(getattr(generator, f.name)) for f in dataclasses.fields(generator)}
+    for name, value in settings.items():
+        if name not in known:
+            must = f"must be one of {sorted(known)}, the settings of {method!r}"
+            raise FxrpgError(f"--set {name}", must, repr(name), "Pass one of them.")
+        if known[name] not in (type(None), type(value)):
+            fix = "Pass such as block=1, reflect=False, law=uniform, keep=0.3."
+            raise FxrpgError(f"--set {name}", f"must be of type {known[name].__name__}", repr(value), fix)
+    return dataclasses.replace(generator, **settings)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -260,7 +304,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     model = build(arguments.model)
     if weights is None:
         small = _transform(model, arguments)
-    elif any(name.startswith("fxrpg_") for name in weights):
+    elif SCALE in weights:  # of the transformed model itself
         small = _transform(model, arguments)
         _load_weights(small, weights, arguments.weights)
     else:
@@ -268,6 +312,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         fitted = fit(_transform(model, arguments), model)
         small = fitted.model
         print(f"projected {arguments.weights}: {fitted}; train before use")
+    small = freeze(small) if arguments.freeze else small
     checkpoint.save(small, arguments.out, withhold_seed=arguments.withhold_seed)
     print(ledger(small))
     print(f"wrote {arguments.out}" + ("" if weights else ", the model as it was initialised (no --weights)"))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrpg.assemble import copy_module, plan_of, put_state, replan, take_state
+from fxrpg.assemble import copy_module, plan_of, put_state, replan, states_in, take_state
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import View
-from fxrpg.owner import tensor_at
+from fxrpg.owner import SCALE, tensor_at
 from fxrpg.plan import Plan, Scope
 from fxrpg.scopes import shares
 
@@ -44,10 +44,7 @@ def freeze(model: nn.Module) -> nn.Module:
         return scope.generator.freeze(state, view) if scope.generator.freezes and not scope.frozen else state
 
     result = _rebuilt(model, plan.with_scopes(change), packed)
-    dtype = next(
-        tensor_at(model, state).dtype for state, (name, *_) in plan.states.items() if chosen[plan.scope_of[name]]
-    )
-    result._buffers["fxrpg_scale"] = result.get_buffer("fxrpg_scale").to(dtype)
+    result._buffers[SCALE] = result.get_buffer(SCALE).to(_frozen_dtype(model, plan))
     return result
 
 
@@ -67,6 +64,8 @@ def quantize(model: nn.Module, bits: int = 8, *, block: int = 0) -> nn.Module:
     """
     plan = plan_of(model)
     _check_trainable(plan, "quantize")
+    if bits is None:  # what a ring takes for full precision
+        raise FxrpgError("quantize, bits", "must be 8 or 4", "None", "Pass one of them.")
     found = [scope for scope in plan.scopes if hasattr(scope.generator, "bits")] or plan.scopes
 
     def change(scope: Scope) -> Scope:
@@ -131,7 +130,7 @@ def _rebuilt(
 ) -> nn.Module:
     """A copy of `model` that follows `plan`, each state replaced by `change(state, scope now, a view that reads it)`."""
     before, result = plan_of(model), copy_module(model)
-    for name, (first, *_) in before.states.items():
+    for name, (first, *_) in states_in(result).items():
         old: Any = tensor_at(result, name)
         new = change(old.detach(), before.scope(first), before.views[first].whole)
         if new is not old and (new.dtype, new.shape, new.data_ptr()) != (old.dtype, old.shape, old.data_ptr()):
@@ -141,6 +140,16 @@ def _rebuilt(
                 tensor_at(result, plan.state_of(first)).requires_grad_(old.requires_grad)
     replan(result, plan)
     return result
+
+
+def _frozen_dtype(model: nn.Module, plan: Plan) -> torch.dtype:
+    """The one type of the weights whose states can be frozen: bytes do not tell it."""
+    states = [state for state, (name, *_) in states_in(model).items() if plan.scope(name).generator.freezes]
+    dtypes = {tensor_at(model, state).dtype for state in states}
+    if len(dtypes) > 1:
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise FxrpgError("freeze", "needs weights of one type where they are frozen", found, "Cast the model first.")
+    return dtypes.pop()
 
 
 def _largest(state: Tensor, count: int) -> Tensor:

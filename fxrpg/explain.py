@@ -11,6 +11,7 @@ from torch import nn
 
 from fxrpg.assemble import plan_of, trace_of, views_in
 from fxrpg.owner import owned, plain_class, stock_layer
+from fxrpg.plan import Plan
 from fxrpg.trace import Use
 
 
@@ -22,6 +23,8 @@ class Row:
         name: its name; of a tied one, that under which it is planned.
         shape: its shape.
         status: "generated" or "dense".
+        method: of a generated one.
+        state: name of the tensor that it is generated from.
         way: "handle" (the module reads a property) or "graph" (the graph was rewritten); "" if dense or unknown.
         path: "staged", "materialized" (by at least one op), "unknown" (nothing has consumed it yet), or "" if dense.
         op: the ops that consume it, if known.
@@ -31,6 +34,8 @@ class Row:
     name: str
     shape: tuple[int, ...]
     status: str
+    method: str = ""
+    state: str = ""
     way: str = ""
     path: str = ""
     op: str = ""
@@ -56,8 +61,12 @@ class Explanation:
         paths = [path for path in ("fused", "staged", "materialized", "unknown") if self.fraction(path)]
         shares = ", ".join(f"{100 * self.fraction(path):.1f}% {path}" for path in paths)
         headline = f"{counts['generated']:,} weights generated ({shares}), {counts['dense']:,} dense"
-        body = [[r.name, "x".join(map(str, r.shape)), r.status, r.way, r.path, r.op, r.reason] for r in self.rows]
-        return headline + "\n\n" + tabulate(body, ["weight", "shape", "status", "way", "path", "op", "reason"])
+        several = len({(row.method, row.state) for row in self.rows if row.status == "generated"}) > 1
+        body, headers = [], ["weight", "shape", "status", *["state"] * several, "way", "path", "op", "reason"]
+        for r in self.rows:
+            state = [f"{r.method}: {r.state}" if r.state else ""] * several
+            body.append([r.name, "x".join(map(str, r.shape)), r.status, *state, r.way, r.path, r.op, r.reason])
+        return headline + "\n\n" + tabulate(body, headers)
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -71,7 +80,7 @@ def explain(model: nn.Module) -> Explanation:
     """
     plan = plan_of(model)
     uses = {name: {op: use} for name, op, use in _predicted(model)} | trace_of(model).seen
-    generated = [_row(name, view.shape, uses.get(name, {})) for name, view in views_in(model).items()]
+    generated = [_row(name, plan, uses.get(name, {})) for name in views_in(model)]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     dense = [
         Row(name=name, shape=shapes[name], status="dense", reason=reason)
@@ -81,15 +90,17 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation((*generated, *dense))
 
 
-def _row(name: str, shape: tuple[int, ...], uses: dict[str, Use]) -> Row:
+def _row(name: str, plan: Plan, uses: dict[str, Use]) -> Row:
     """One row from all uses of a weight: a single op that materializes it counts."""
     paths = {use.path for use in uses.values()}
     path = next((path for path in ("materialized", "staged", "fused") if path in paths), "unknown")
     reasons = dict.fromkeys(use.reason for use in uses.values() if use.reason)
     return Row(
         name=name,
-        shape=shape,
+        shape=plan.views[name].shape,
         status="generated",
+        method=plan.views[name].generator.method,
+        state=plan.state_of(name),
         way=", ".join(dict.fromkeys(use.way for use in uses.values())),
         path=path,
         op=", ".join(uses),

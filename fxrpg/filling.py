@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrpg.errors import FxrpgError
-from fxrpg.header import KEPT, Contents
+from fxrpg.header import Contents
 from fxrpg.plan import Plan
 
 
@@ -39,7 +39,6 @@ def check_parameters(model: nn.Module, path: Any, plan: Plan) -> dict[str, nn.Pa
 def fill(model: nn.Module, contents: Contents, path: Any, own: set[str]) -> None:
     """Put the file's dense tensors into a freshly assembled model, in the file's types, ties kept."""
     current = model.state_dict(keep_vars=True)
-    own = own | {name + KEPT for name in own}
     source = {name: name for name in contents.tensors if name not in own} | contents.fields["aliases"]
     for name in sorted((current.keys() - own) ^ source.keys()):
         side = "the file has none" if name in current else "the model has none"

@@ -69,13 +69,10 @@ class Contents:
 
     def states(self, plan: Plan) -> dict[str, Tensor]:
         """The state tensors, pruned ones with their zeros in place."""
-        found = {}
-        for state, names in plan.states.items():
-            stored, scope = self.tensors[state], plan.scope(names[0])
-            if state + KEPT in self.tensors:
-                kept = unpack_bits(self.tensors[state + KEPT], 0, scope.size)
-                stored = stored.new_zeros(scope.size).masked_scatter_(kept, stored)
-            found[state] = stored
+        found = {state: self.tensors[state] for state in plan.states}
+        for state, size in pruned_states(plan).items():
+            kept = unpack_bits(self.tensors[state + KEPT], 0, size)
+            found[state] = found[state].new_zeros(size).masked_scatter_(kept, found[state])
         return found
 
     @property
@@ -90,6 +87,12 @@ class Contents:
         for row in self.fields["table"]:
             scale[row["tensor"]] = row["scale"]
         return scale
+
+
+def pruned_states(plan: Plan) -> dict[str, int]:
+    """Names and sizes of the states of which a file holds only the numbers that are not zero, beside a mark for each."""
+    scopes = {state: plan.scope(names[0]) for state, names in plan.states.items()}
+    return {state: scope.size for state, scope in scopes.items() if scope.generator.sparse and not scope.frozen}
 
 
 def header_of(

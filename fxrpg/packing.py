@@ -27,12 +27,13 @@ def steps_of(values: Tensor, bits: int, block: int) -> Tensor:
     """The step of each run of `block` values (0: of all of them): their largest magnitude over 2^(bits-1) - 1.
 
     Returns:
-        Tensor of the values' type, [blocks]; one for a run of zeros.
+        Tensor of the values' type, [blocks]; one for a run of zeros, or of numbers so small that the step would be
+        subnormal: a device may flush it, and its few bits make codes out of range.
     """
     block = block or len(values)
     runs = torch.nn.functional.pad(values.detach(), (0, -len(values) % block)).view(-1, block)
     steps = runs.abs().amax(1) / (2 ** (bits - 1) - 1)
-    return torch.where(steps > 0, steps, 1)
+    return torch.where(steps < torch.finfo(steps.dtype).tiny, 1, steps)
 
 
 def codes_of(values: Tensor, steps: Tensor, block: int) -> Tensor:

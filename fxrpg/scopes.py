@@ -209,10 +209,10 @@ def _named(found: Sequence[tuple[Label, Generator, int]]) -> tuple[Scope, ...]:
             state = f"{state}_{re.sub(r'[^0-9A-Za-z]+', '_', name)}"
         if not generator.local:
             base, ordinal = state, 1
-            while state in taken:
+            while {state, f"{state}_kept"} & taken:
                 ordinal += 1
                 state = f"{base}_{ordinal}"
-            taken.add(state)
+            taken |= {state, f"{state}_kept"}  # what a file holds beside a pruned state
         scopes.append(Scope(name=name, generator=generator, size=size, state=state))
     return tuple(scopes)
 

@@ -59,16 +59,14 @@ class PrancTrainer:
         }
         sizes = {state: len(alpha) for state, alpha in self._alphas.items()}
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not sizes or not all(id(alpha) in held for alpha in self._alphas.values()):
-            found = "no coefficients" if not sizes else "an optimizer without them"
+        trained = [alpha for alpha in self._alphas.values() if id(alpha) in held and alpha.requires_grad]
+        if not sizes or len(trained) < len(sizes):
+            found = "frozen ones, or an optimizer without them" if sizes else "no coefficients"
             fix = "Transform with method='pranc', and pass the coefficients to the optimizer."
             raise FxrpgError("PrancTrainer", "needs a PRANC model and an optimizer of its coefficients", found, fix)
-        for name, value, most in (("active", active, sum(sizes.values())), ("period", period, None)):
-            least = len(sizes) if name == "active" else 1
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and least <= value <= (most or value)):
-                must = f"must be an int in [{least}, {most}]" if most else "must be an int of 1 or more"
-                raise FxrpgError(f"PrancTrainer, {name}", must, repr(value), "Pass one.")
+        if active is not None:
+            _check_count("active", active, len(sizes), sum(sizes.values()))
+        _check_count("period", period, 1)
         self.optimizer, self.period, self.nested, self.seed = optimizer, period, nested, checked_seed(seed)
         self.steps = 0
         self._active = None if active is None else shares(active, sizes)
@@ -137,3 +135,10 @@ class PrancTrainer:
         """What the optimizer keeps for every single coefficient."""
         kept = self.optimizer.state.get(alpha, {})
         return {key: v for key, v in kept.items() if isinstance(v, Tensor) and v.shape == alpha.shape and v.dim()}
+
+
+def _check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value <= (most or value):
+        must = f"must be an int in [{least}, {most}]" if most else f"must be an int of {least} or more"
+        raise FxrpgError(f"PrancTrainer, {name}", must, repr(value), "Pass one.")

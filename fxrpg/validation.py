@@ -20,7 +20,17 @@ from torch import Tensor
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator, View
 from fxrpg.hashing import FORMAT_VERSION, SEED_LIMIT
-from fxrpg.header import DTYPES, KEPT, WITHHELD, canonical, damaged, header_digest, plan_from, shown
+from fxrpg.header import (
+    DTYPES,
+    KEPT,
+    WITHHELD,
+    canonical,
+    damaged,
+    header_digest,
+    plan_from,
+    pruned_states,
+    shown,
+)
 from fxrpg.lowering import decode_scales, encode_scales
 from fxrpg.owner import DIGEST, SCALE
 from fxrpg.packing import unpack_bits
@@ -77,9 +87,13 @@ def parse(path: Any, metadata: dict[str, str]) -> dict[str, Any]:
 def check_tensors(path: Any, fields: dict[str, Any], found: dict[str, tuple[str, Sequence[int]]]) -> None:
     """The tensors that a file declares, name -> (type, shape), must be those its header speaks of."""
     plan = plan_from(fields, 0)
-    states = set(plan.states)
+    states = {*plan.states, *(state + KEPT for state in pruned_states(plan))}
     for state, names in plan.states.items():
-        _check_state(path, state, plan.scope(names[0]), plan.views[names[0]].whole, found)
+        scope = plan.scope(names[0])
+        _check_state(path, state, scope, plan.views[names[0]].whole, found)
+        dtype = fields["scopes"][plan.scope_of[names[0]]]["dtype"]
+        if not scope.frozen and not scope.generator.local and found[state][0] != dtype:
+            raise damaged(path, f"{shown(state)} must be of type {dtype}", found[state][0])
     for name, (dtype, shape) in found.items():
         # an empty tensor takes no bytes whatever its other sides are
         if dtype not in DTYPES.values() or len(shape) > MOST_DIMS or prod(max(n, 1) for n in shape) > MOST_ELEMENTS:
@@ -101,29 +115,28 @@ def _check_state(path: Any, state: str, scope: Scope, view: View, found: dict[st
     if scope.frozen:
         expected = generator.frozen_shape(view)
         if dtype != "U8" or tuple(shape) != expected:
-            raise damaged(path, f"must hold {state!r}, bytes of shape {expected}", shown_as)
+            raise damaged(path, f"must hold {shown(state)}, bytes of shape {expected}", shown_as)
     elif generator.sparse:
         bits = [-(-scope.size // 8)]
         if dtype not in STATE_DTYPES or len(shape) != 1 or shape[0] > scope.size:
-            must = f"must hold {state!r}, floating-point, of at most {scope.size} numbers"
+            must = f"must hold {shown(state)}, floating-point, of at most {scope.size} numbers"
             raise damaged(path, must, shown_as)
         kept = found.get(state + KEPT, ("", ()))
         if kept[0] != "U8" or list(kept[1]) != bits:
-            raise damaged(path, f"must hold {state + KEPT!r}, bytes of shape {bits}", shown(kept))
+            raise damaged(path, f"must hold {shown(state + KEPT)}, bytes of shape {bits}", shown(kept))
     elif dtype not in STATE_DTYPES or tuple(shape) != generator.state_shape(view):
         length = generator.state_shape(view)
         size = f"length {length[0]}" if len(length) == 1 else f"shape {length}"
-        raise damaged(path, f"must hold {state!r}, floating-point, of {size}", shown_as)
+        raise damaged(path, f"must hold {shown(state)}, floating-point, of {size}", shown_as)
 
 
 def check_kept(path: Any, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """A state without its zeros must have one number for each bit that is set."""
-    for state, names in plan_from(fields, 0).states.items():
-        if state + KEPT in tensors:
-            size = plan_from(fields, 0).scope(names[0]).size
-            bits = unpack_bits(tensors[state + KEPT], 0, 8 * len(tensors[state + KEPT]))
-            if int(bits.sum()) != len(tensors[state]) or bool(bits[size:].any()):
-                raise damaged(path, f"{state + KEPT!r} must mark {len(tensors[state])} of {size} numbers", "others")
+    for state, size in pruned_states(plan_from(fields, 0)).items():
+        stored, marks = len(tensors[state]), tensors[state + KEPT]
+        bits = unpack_bits(marks, 0, 8 * len(marks))
+        if int(bits.sum()) != stored or bool(bits[size:].any()):
+            raise damaged(path, f"{shown(state + KEPT)} must mark {stored} of {size} numbers", "others")
 
 
 def _types(fields: dict[str, Any]) -> dict[str, type]:
@@ -182,10 +195,19 @@ def _indices(kept: Any, side: int) -> bool:
 
 
 def _check_channels(path: Any, fields: dict[str, Any]) -> None:
+    """Modules tell which channels they kept, and their generated weights have kept the same."""
     for module, sides in fields["channels"].items():
         pair = type(sides) is list and len(sides) == 2
         if not pair or not all(some == [] or _indices(some, MOST_ELEMENTS) for some in sides):
             raise damaged(path, f"{shown(module)} must tell which outputs and inputs it kept", shown(sides))
+    for row in fields["table"]:
+        dims = len(row["shape"])
+        for name in (row["name"], *row["ties"]):
+            module, _, attribute = name.rpartition(".")
+            sides = fields["channels"].get(module, []) if attribute in ("weight", "bias") else []
+            left = [*(sides if attribute == "weight" else sides[:1]), *[[]] * dims][:dims]
+            if left != (row["kept"] or [[]] * dims):
+                raise damaged(path, f"{shown(name)} must have kept the channels of its module", shown(row["kept"]))
 
 
 def _check_table(path: Any, fields: dict[str, Any]) -> None:
@@ -195,6 +217,8 @@ def _check_table(path: Any, fields: dict[str, Any]) -> None:
         raise damaged(path, "the table must number its weights from 0", f"{len(rows)} weights numbered otherwise")
     if {row["scope"] for row in rows} != set(range(len(fields["scopes"]))):
         raise damaged(path, "each weight must be of one of the scopes, and none be empty", "others")
+    if len({scope["dtype"] for scope in fields["scopes"] if scope["frozen"]}) > 1:
+        raise damaged(path, "all frozen states must stand for weights of one type", "several")
     scales = torch.tensor([row["scale"] for row in rows], dtype=torch.float64, device="cpu")
     for row, scale in zip(rows, decode_scales(encode_scales(scales)).tolist(), strict=True):
         if not 0 < row["scale"] == scale:
@@ -237,7 +261,8 @@ def _check_names(path: Any, fields: dict[str, Any]) -> None:
     local = [
         r["name"] + scopes[r["scope"]]["state"] for r in fields["table"] if _generator(path, scopes[r["scope"]]).local
     ]
-    states = [*rooted, *local]
+    marks = [s["state"] + KEPT for s in scopes if _generator(path, s).sparse and not s["frozen"]]
+    states = [*rooted, *local, *marks]
     for group in ([*generated, *dense], [*generated, *fields["aliases"], *states, SCALE, DIGEST]):
         once: set[str] = set()
         for name in group:

@@ -24,6 +24,7 @@ from fxrpg.assemble import plan_of
 from fxrpg.generators.ring import Ring
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
+ENDS = [fxrpg.Rule("stem.*", "dense"), fxrpg.Rule("head.*", "dense")]
 
 
 class Net(nn.Module):
@@ -96,7 +97,7 @@ def test_bad_dof(net, dof):
         ({"seed": 1 << 64}, "seed: must be"),
         ({"seed": "7"}, "seed: must be"),
         ({"seed": 1.5}, "seed: must be"),
-        ({"method": "rings"}, r"method: must be one of \['ring'\]"),
+        ({"method": "rings"}, r"method: must be one of \['pemn', 'pranc', 'ring'\]"),
         (
             {"plan": [fxrpg.Rule("nothing.*", "generate")]},
             "plan rule nothing.*: must match a parameter's name, found none",
@@ -119,9 +120,11 @@ def test_bad_arguments(net, arguments, message):
 
 
 def test_bad_rules():
-    with pytest.raises(fxrpg.FxrpgError, match="the action must be 'generate' or 'dense'"):
+    with pytest.raises(
+        fxrpg.FxrpgError, match=r"the action must be one of \('generate', 'dense', 'pemn', 'pranc', 'ring'\)"
+    ):
         fxrpg.Rule("*", "drop")
-    with pytest.raises(fxrpg.FxrpgError, match="must be a string or a function"):
+    with pytest.raises(fxrpg.FxrpgError, match="must be a string, a module or a function"):
         fxrpg.Rule(3, "dense")
     with pytest.raises(fxrpg.FxrpgError, match="needs a regular expression"):
         fxrpg.Rule("re:(", "dense")
@@ -239,6 +242,11 @@ def test_state_dict_between_seeds_and_plans(net):
         {"dof": 50, "seed": 2},
         {"dof": 50, "seed": 1, "method": Ring(block=8)},
         {"dof": 50, "seed": 1, "plan": [fxrpg.Rule("stem.weight", "generate")]},
+        {"dof": 51, "seed": 1},
+        {"dof": 50, "seed": 1, "scope": "layer"},
+        {"dof": 50, "seed": 1, "method": Ring(bits=8)},
+        {"dof": 50, "seed": 1, "method": "pranc"},
+        {"dof": 50, "seed": 1, "method": "pemn"},
     ):
         target = fxrpg.transform(Net(), **wrong)
         before = copy.deepcopy(target.state_dict())
@@ -403,12 +411,29 @@ def test_explain(net):
     assert len(rows) == 9
 
 
-def test_surgery_shows(net):
-    small = fxrpg.transform(net, dof=50)
+@pytest.mark.parametrize("method", ["ring", "pranc", "pemn", fxrpg.Pemn(threshold="global")], ids=str)
+def test_surgery_shows(net, method):
+    small = fxrpg.transform(net, dof=50, method=method, plan=[fxrpg.Rule("*.bias", "dense"), *ENDS])
     small.fc = nn.Linear(6, 5)
     assert fxrpg.ledger(small).generated == 216
     assert [row.name for row in fxrpg.explain(small).rows if row.status == "generated"] == ["mid.weight"]
     torch.testing.assert_close(fxrpg.materialize(small)(X), small(X))
+    if "Pemn" in str(method) or method == "pemn":
+        frozen = fxrpg.freeze(small)
+        assert torch.equal(frozen(X), small(X))
+        assert fxrpg.ledger(frozen).generated == 216
+    del small.fc
+    assert not hasattr(fxrpg.materialize(small), "fc")
+
+
+@pytest.mark.parametrize(("method", "where"), [("ring", ""), ("pranc", ""), ("pemn", "mid")])
+def test_names_of_states_that_are_taken(net, method, where):
+    name = {"ring": "fxrpg_ring", "pranc": "fxrpg_alpha", "pemn": "weight_score"}[method]
+    for value in (3, nn.Parameter(torch.ones(2))):
+        model = copy.deepcopy(net)
+        setattr(model.get_submodule(where), name, value)
+        with pytest.raises(fxrpg.FxrpgError, match=rf"{name}: must be free for the generator's state"):
+            fxrpg.transform(model, dof=10, method=method)
 
 
 def test_on_the_meta_device():

@@ -203,12 +203,45 @@ def test_info(run):
     assert "withheld" in run("info", "packed.safetensors")
 
 
-def test_info_prints_no_control_characters(run):
-    model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"\x1b[2J\n": nn.Linear(4, 4)}), nn.Linear(4, 4))
-    fxrpg.save(fxrpg.transform(model, dof=3), "packed.safetensors")
+def test_info_tells_one_line_a_scope(run):
+    rules = [fxrpg.Rule("0.weight", "pranc", dof=3), fxrpg.Rule("3.weight", fxrpg.Pemn(keep=0.25), dof=0.5)]
+    small = fxrpg.transform(build(), dof=20, plan=[*rules, fxrpg.Rule("1.weight", "generate")])
+    fxrpg.save(small, "packed.safetensors")
+    lines = [" ".join(line.split()) for line in run("info", "packed.safetensors").splitlines()]
+    assert [line for line in lines if line.startswith(("scope", "method", "degrees", "generated"))] == [
+        "scope 0.weight pranc (law=rademacher), 3 degrees of freedom, 40 in 1 tensors (13.33 each)",
+        "scope ring (block=32, layout=arc, permute=True, reflect=True), 20 degrees of freedom, 64 in 1 tensors (3.20 each)",
+        "scope 3.weight pemn (prototype=random_padding, keep=0.25, values=normal, threshold=layer), "
+        "13 degrees of freedom, 24 in 1 tensors (1.85 each)",
+        "degrees of freedom 36",
+        "generated weights 128 in 3 tensors (3.56 each)",
+    ]
+
+
+def test_info_of_smaller_forms(run):
+    small = fxrpg.prune(fxrpg.quantize(pack(), 4, block=8), 0.75)
+    fxrpg.save(small, "packed.safetensors")
+    out = run("info", "packed.safetensors")
+    assert "ring (block=32, layout=arc, permute=True, reflect=True, bits=4, bits_block=8, sparse=True)\n" in out
+    assert "64 in 1 tensors (12.80 each)" in out, "a quarter of 20 numbers is left"
+    fxrpg.save(fxrpg.freeze(small), "packed.safetensors")
+    assert "sparse=True), frozen\n" in run("info", "packed.safetensors")
+    with torch.no_grad():
+        small.fxrpg_ring.zero_()
+    fxrpg.save(small, "packed.safetensors")
+    assert "64 in 1 tensors\n" in run("info", "packed.safetensors")
+    assert fxrpg.ledger(small).ratio == float("inf")
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_info_prints_no_control_characters(scope, run):
+    names = {"\x1b[2J\n": nn.Linear(4, 4), "also": nn.Linear(4, 4)}
+    model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict(names), nn.Linear(4, 4))
+    fxrpg.save(fxrpg.transform(model, dof=3, scope=scope), "packed.safetensors")
     out = run("info", "packed.safetensors")
     assert "\x1b" not in out
     assert "1.\\x1b[2J" in out
+    assert (r"scope 1.\x1b[2J" in out) == (scope == "layer")
 
 
 def test_pack(run):
@@ -220,6 +253,31 @@ def test_pack(run):
     loaded = fxrpg.load(build(), "packed.safetensors")
     assert_equal(loaded.state_dict(), small.state_dict())
     assert loaded._fxrpg_plan.rules == ("3.* -> dense",)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--dof", 20, "--set", "block=1", "--set", "layout=shuffle"), "ring (block=1, layout=shuffle, permute=True"),
+        (("--dof", 20, "--method", "pranc", "--set", "law=khatri_rao"), "pranc (law=khatri_rao)"),
+        (("--dof", 0.5, "--method", "pemn", "--set", "keep=0.25"), "pemn (prototype=random_padding, keep=0.25,"),
+        (("--method", "pemn", "--set", "prototype=one_layer"), "pemn (prototype=one_layer, keep=0.5,"),
+        (("--dof", 20, "--set", "bits=4", "--freeze"), "reflect=True, bits=4), frozen"),
+        (("--dof", 1.0, "--method", "pemn", "--freeze"), "threshold=layer), frozen"),
+        (("--dof", 20, "--scope", "layer", "--rule", "*=generate"), "scope 1"),
+        (
+            ("--dof", 0.5, "--rule", "3.weight=pemn", "--rule", "1.*=generate", "--set", "permute=False"),
+            "scope 3.weight pemn",
+        ),
+    ],
+    ids=lambda options: " ".join(map(str, options)) if type(options) is tuple else "",
+)
+def test_pack_with_options(options, expected, run):
+    run("pack", f"{MODULE}:Net", *options, "--out", "packed.safetensors")
+    assert expected in " ".join(run("info", "packed.safetensors").split())
+    run("verify", "packed.safetensors", "--model", f"{MODULE}:Net")
+    if "--freeze" not in options:
+        run("explain", f"{MODULE}:Net", *options)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -348,11 +406,23 @@ def test_bad_model(command, spec, message, mistake):
         ("--seed", "-1", "seed: must be an int in [0, 2^64)"),
         ("--seed", str(1 << 64), "seed: must be an int in [0, 2^64)"),
         ("--rule", "fc", "argument --rule: must be PATTERN=ACTION, found 'fc'"),
-        ("--rule", "1.weight=delete", "the action must be 'generate' or 'dense'"),
+        ("--rule", "1.weight=delete", "the action must be one of ('generate', 'dense', 'pemn', 'pranc', 'ring')"),
         ("--rule", "fc.*=dense", "must match a parameter's name"),
         ("--rule", "=dense", "must match a parameter's name"),
         ("--rule", "re:[=dense", "needs a regular expression"),
         ("--rule", "*.bias=generate", "must match a weight that can be generated"),
+        ("--set", "block", "argument --set: must be NAME=VALUE, found 'block'"),
+        ("--set", "=1", "argument --set: must be NAME=VALUE"),
+        ("--set", "colour=1", "--set colour: must be one of ['bits', 'bits_block', 'block',"),
+        ("--set", "block=7", "Ring(block=...): must be one of"),
+        ("--set", "block=1.0", "--set block: must be of type int, found 1.0"),
+        ("--set", "block=", "--set block: must be of type int, found ''"),
+        ("--set", "block=" + "-" * 10**5 + "1", "--set block: must be of type int"),
+        ("--set", "layout=[]", "--set layout: must be of type str"),
+        ("--set", "reflect=no", "--set reflect: must be of type bool, found 'no'"),
+        ("--set", "bits=x", "Ring(bits=...)"),
+        ("--scope", "x", "scope: must be one of"),
+        ("--scope", "block", "scope='block': needs a model with repeated blocks"),
     ],
 )
 def test_bad_option(command, option, value, message, mistake):
@@ -366,9 +436,18 @@ def test_bad_option(command, option, value, message, mistake):
         ((), "the following arguments are required: COMMAND"),
         (("magic",), "invalid choice: 'magic'"),
         (("magic\n\x1b[2J",), "invalid choice"),
-        (("explain",), "the following arguments are required: model, --dof"),
-        (("explain", f"{MODULE}:Net"), "the following arguments are required: --dof"),
+        (("explain",), "the following arguments are required: model"),
+        (
+            ("explain", f"{MODULE}:Net"),
+            "dof: must be an int in [1, 64] (the generated weights) or a fraction in (0, 1]",
+        ),
+        (("explain", f"{MODULE}:Net", "--method", "pranc"), "dof: must be an int in [1, 147]"),
+        (("explain", f"{MODULE}:Net", "--dof", "3", "--method", "pemn", "--set", "prototype=one_layer"), "found 3"),
         (("pack", f"{MODULE}:Net", "--dof", "20"), "the following arguments are required: --out"),
+        (
+            ("pack", f"{MODULE}:Net", "--dof", "20", "--freeze", "--out", "x"),
+            "freeze: needs a mask or a quantised ring",
+        ),
         (("info",), "the following arguments are required: file"),
         (("info", "a", "b"), "unrecognized arguments: b"),
         (("info", "a", "--b\nc"), "unrecognized arguments: --b c"),

@@ -18,8 +18,12 @@ ALL = [pytest.param(g, case, id=f"{g!r}-{case}") for g, case in pairs()]
 SOME = [pytest.param(GENERATORS["ring"][0], case, id=str(case)) for case in LAYERS]
 # By definition, what torch returns for these options of an embedding is not the derivative.
 SMOOTH = [
-    pytest.param(GENERATORS["ring"][0], case, id=str(case)) for case in LAYERS if "padding_idx" not in case.kwargs
+    pytest.param(generator, case, id=f"{generator!r}-{case}")
+    for generator in (GENERATORS["ring"][0], *GENERATORS["pranc"])
+    for case in LAYERS
+    if "padding_idx" not in case.kwargs
 ]
+MASKS = [pytest.param(mask, case, id=f"{mask!r}-{case}") for mask in GENERATORS["pemn"] for case in LAYERS]
 
 
 def reference(weight, case: LayerCase, inputs: list[Tensor], bias: Tensor | None) -> Tensor:
@@ -64,6 +68,27 @@ def test_gradcheck(generator, case):
 
     assert gradcheck(function, tensors, fast_mode=True)
     assert gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize(("generator", "case"), MASKS)
+def test_the_gradient_of_scores_passes_straight_through_the_mask(generator, case):
+    """d score = d weight * value * sign(score), for entries that the mask keeps and for those that it drops."""
+    weight = generated(generator, case.weight, case.order, 11, torch.float64)
+    inputs, bias = case.make_inputs(torch.float64), case.make_bias(torch.float64)
+    dense = generate_weight(weight.state.detach(), weight.scale, weight.view).requires_grad_()
+    for out in (case.run(inputs, dense, bias), case.lowered(inputs, weight, bias)):
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape))
+    view = View.parse(weight.view)
+    value = 0.75 * generator.fixed_values(view, dense.device)
+    place = slice(None) if generator.local else slice(view.offset, view.offset + view.count)
+    score, found = ((view.to_logical(t) if generator.local else t)[place] for t in (weight.state, weight.state.grad))
+    torch.testing.assert_close(found, view.to_logical(dense.grad) * value * score.sign(), rtol=1e-12, atol=1e-12)
+    kept = generator.mask(weight.state, view)
+    assert torch.equal(kept, view.to_logical(dense) != 0)
+    assert found[kept].any()
+    assert found[~kept].any()
+    if not generator.local:
+        assert weight.state.grad.count_nonzero() == found.count_nonzero()
 
 
 @pytest.mark.parametrize(("generator", "case"), SOME)

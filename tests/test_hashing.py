@@ -21,6 +21,7 @@ from fxrpg.hashing import (
     PERMUTE,
     SIGN,
     Bijection,
+    crossed_words,
     derive_key,
     mix32,
     near_normal,
@@ -119,6 +120,7 @@ class SlowBijection:
 
 def test_golden_purposes():
     assert (hashing.FORMAT_VERSION, PERMUTE, SIGN, CELL, INIT) == (1, 1, 2, 3, 4)
+    assert (hashing.ROW, hashing.COLUMN, hashing.PROTOTYPE, hashing.SCORE) == (5, 6, 7, 8)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,13 @@ def test_golden_images_for_given_keys():
 def test_mix32_is_its_definition(values):
     signed = torch.tensor(values).to(torch.int32)
     assert unsigned(mix32(signed)) == [slow_mix(h) for h in values]
+
+
+@EXAMPLES
+@given(*(st.lists(st.integers(0, MASK), min_size=1, max_size=9) for _ in range(2)))
+def test_crossed_words_mix_the_sums(rows, columns):
+    found = crossed_words(*(torch.tensor(words).to(torch.int32) for words in (rows, columns)))
+    assert [unsigned(line) for line in found] == [[slow_mix(row + column & MASK) for row in rows] for column in columns]
 
 
 @EXAMPLES

@@ -20,10 +20,12 @@ from fxrpg import Ring
 from fxrpg.generator import View
 from fxrpg.generators.ring import BLOCKS
 from fxrpg.hashing import CELL, INIT, PERMUTE, SIGN, Bijection, near_normal, random_words
-from fxrpg.plan import candidates, choose, lay_out
+from fxrpg.plan import candidates, choose
+from fxrpg.scopes import lay_out
 
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=150)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = ("arc", "shuffle", "block_diagonal", "hash")
 ALL_TENSORS = 0xFFFFFFFF
 
 
@@ -65,6 +67,7 @@ def view_of(
     tensor: int = 0,
     first: int = 0,
     after: int = 0,
+    size: int = 64,
 ) -> View:
     """A view whose weight begins `first` blocks into the address space and is followed by `after` blocks."""
     extent = ring.extents([math.prod(shape)])[0]
@@ -76,7 +79,13 @@ def view_of(
         order=tuple(range(len(shape))) if order is None else order,
         offset=first * ring.block,
         total=first * ring.block + extent + after * ring.block,
+        size=size,
     )
+
+
+def ring_of(layout: str, **settings: bool) -> Ring:
+    """A ring of that layout with blocks, where the layout has them."""
+    return Ring(block=1 if layout == "block_diagonal" else 32, layout=layout, **settings)
 
 
 # The slow definition.
@@ -84,7 +93,10 @@ def view_of(
 
 def slow_cells(view: View, size: int) -> list[int]:
     """The cell of every logical element: (pi(block) * G + lane) mod N."""
-    ring, places = view.generator, slow_places(view, size)
+    ring = view.generator
+    if ring.layout == "block_diagonal":
+        return slow_filters(view, size)
+    places = slow_places(view, size)
     return [(places[e // ring.block] * ring.block + e % ring.block) % size for e in range(view.count)]
 
 
@@ -104,10 +116,29 @@ def slow_places(view: View, size: int) -> list[int]:
     return shuffle(torch.arange(first, first + blocks)).tolist()
 
 
+def slow_filters(view: View, size: int) -> list[int]:
+    """One permutation for every filter, side by side on the ring; each time that it comes round, one cell later."""
+    length = view.fan_in
+    images = list(range(length))
+    if view.generator.permute:
+        images = Bijection.keyed(length, view.seed, PERMUTE, view.tensor)(torch.arange(length)).tolist()
+    cells, first = [], view.offset % size
+    start = first
+    for _ in range(view.count // length):
+        cells += [(start + image) % size for image in images]
+        start = (start + length) % size
+        if start == first:
+            first = start = (start + 1) % size
+    return cells
+
+
 def slow_signs(view: View) -> list[bool]:
-    """Whether each logical element is negated: bit e % 32 of word e // 32."""
+    """Whether each logical element is negated: bit e % 32 of word e // 32; of a filter's element e, for all filters alike."""
     words = random_words(0, math.ceil(view.count / 32), view.seed, SIGN, view.tensor).tolist()
-    return [view.generator.reflect and bool(words[e // 32] >> e % 32 & 1) for e in range(view.count)]
+    length = view.fan_in if view.generator.layout == "block_diagonal" else view.count
+    return [
+        view.generator.reflect and bool(words[e // 32] >> e % 32 & 1) for e in (i % length for i in range(view.count))
+    ]
 
 
 def coordinates(view: View) -> Iterator[tuple[int, ...]]:
@@ -132,15 +163,19 @@ def slow_matrix(view: View, size: int) -> Tensor:
     return matrix.view(view.count, size)
 
 
+SIZES = st.integers(1, 9) | st.sampled_from([32, 64, 320]) | st.integers(1, 500)
+
+
 @st.composite
-def rings(draw: st.DrawFn, layouts: tuple[str, ...] = ("arc", "shuffle", "hash")) -> Ring:
+def rings(draw: st.DrawFn, layouts: tuple[str, ...] = LAYOUTS) -> Ring:
     layout = draw(st.sampled_from(layouts))
     permute = layout == "hash" or draw(st.booleans())
-    return Ring(block=draw(st.sampled_from(BLOCKS)), layout=layout, permute=permute, reflect=draw(st.booleans()))
+    block = 1 if layout == "block_diagonal" else draw(st.sampled_from(BLOCKS))
+    return Ring(block=block, layout=layout, permute=permute, reflect=draw(st.booleans()))
 
 
 @st.composite
-def views(draw: st.DrawFn, layouts: tuple[str, ...] = ("arc", "shuffle", "hash")) -> View:
+def views(draw: st.DrawFn, layouts: tuple[str, ...] = LAYOUTS) -> View:
     shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple))
     return view_of(
         draw(rings(layouts)),
@@ -150,19 +185,17 @@ def views(draw: st.DrawFn, layouts: tuple[str, ...] = ("arc", "shuffle", "hash")
         tensor=draw(st.integers(0, 1000)),
         first=draw(st.integers(0, 20) | st.integers(1 << 31, 1 << 33)),
         after=draw(st.integers(0, 20)),
+        size=draw(SIZES),
     )
-
-
-SIZES = st.integers(1, 9) | st.sampled_from([32, 64, 320]) | st.integers(1, 500)
 
 
 # Values.
 
 
 @EXAMPLES
-@given(views(), SIZES, st.sampled_from(DTYPES), st.sampled_from(DTYPES))
-def test_materialize_is_its_definition(view, size, stored, dtype):
-    state = some_values(size, dtype=stored)
+@given(views(), st.sampled_from(DTYPES), st.sampled_from(DTYPES))
+def test_materialize_is_its_definition(view, stored, dtype):
+    state = some_values(view.size, dtype=stored)
     state[::7] = 0  # its sign counts too
     found = view.generator.materialize(state, view, dtype)
     assert found.dtype == dtype
@@ -173,17 +206,17 @@ def test_materialize_is_its_definition(view, size, stored, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_signs_flip_infinities_and_zeros(dtype):
-    view = view_of(Ring(block=1), (40,))
+    view = view_of(Ring(block=1), (40,), size=4)
     state = torch.tensor([math.inf, -math.inf, 0.0, -0.0], dtype=dtype)
     found = view.generator.materialize(state, view, dtype)
     assert torch.equal(bits(found), bits(slow_weight(state, view, dtype)))
 
 
-@pytest.mark.parametrize("layout", ["arc", "shuffle"])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("layout", "block"), [*itertools.product(["arc", "shuffle"], BLOCKS), ("block_diagonal", 1)])
 def test_addresses_beyond_32_bits(block, layout):
     """A small ring, but a weight that begins more than 2^31 positions after the first."""
-    view = view_of(Ring(block=block, layout=layout), (4, 3, 5), (0, 2, 1), first=(1 << 33) // block + 7, after=11)
+    first = (1 << 33) // block + 7
+    view = view_of(Ring(block=block, layout=layout), (4, 3, 5), (0, 2, 1), first=first, after=11, size=97)
     state = some_values(97)
     assert view.offset > 1 << 31
     assert torch.equal(view.generator.materialize(state, view, torch.float64), slow_weight(state, view, torch.float64))
@@ -191,9 +224,9 @@ def test_addresses_beyond_32_bits(block, layout):
     assert torch.equal(view.generator.accumulate(grad, state, view), slow_matrix(view, 97).t() @ grad.view(-1))
 
 
-@pytest.mark.parametrize("layout", ["arc", "shuffle", "hash"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_materialized_weights_are_fresh(layout):
-    view = view_of(Ring(layout=layout, reflect=False), (4, 32))
+    view = view_of(ring_of(layout, reflect=False), (4, 32))
     state = nn.Parameter(some_values(64))
     weight = view.generator.materialize(state, view, torch.float64)
     assert not weight.requires_grad
@@ -202,10 +235,10 @@ def test_materialized_weights_are_fresh(layout):
     assert torch.equal(state, before)
 
 
-@pytest.mark.parametrize("layout", ["arc", "shuffle", "hash"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [320, 997])
 def test_threads_change_no_value(layout, size):
-    view = view_of(Ring(layout=layout), (400, 1000))
+    view = view_of(ring_of(layout), (400, 1000), size=size)
     state = some_values(size, dtype=torch.float32)
     with threads(1):
         alone = view.generator.materialize(state, view, torch.float32)
@@ -217,12 +250,16 @@ def test_threads_change_no_value(layout, size):
 @given(views())
 def test_a_view_survives_its_text(view):
     assert View.parse(view.text) == view
+    original = tuple(2 * side for side in view.shape)
+    kept = tuple(() if axis else tuple(range(1, 1 + side)) for axis, side in enumerate(view.shape))
+    pruned = dataclasses.replace(view, kept=kept, original=original)
+    assert View.parse(pruned.text) == pruned
 
 
 @pytest.mark.parametrize("name", ["seed", "tensor"])
 @pytest.mark.parametrize("layout", ["arc", "hash"])
 def test_another_seed_or_tensor_is_another_weight(layout, name):
-    view, state = view_of(Ring(block=1, layout=layout), (2000,)), some_values(500)
+    view, state = view_of(Ring(block=1, layout=layout), (2000,), size=500), some_values(500)
     other = dataclasses.replace(view, **{name: getattr(view, name) + 1})
     for ring in (view.generator, Ring(block=1, layout=layout, reflect=False)):
         a, b = (ring.materialize(state, v, torch.float64) for v in (view, other))
@@ -233,26 +270,26 @@ def test_another_seed_or_tensor_is_another_weight(layout, name):
 
 
 @EXAMPLES
-@given(views(), SIZES)
-def test_scatter_is_the_transposed_matrix(view, size):
+@given(views())
+def test_scatter_is_the_transposed_matrix(view):
     grad = whole_values(*view.shape)
-    found = view.generator.scatter_gradient(grad, torch.empty(size), view)
-    assert torch.equal(found, slow_matrix(view, size).t() @ grad.view(-1))
+    found = view.generator.scatter_gradient(grad, torch.empty(view.size), view)
+    assert torch.equal(found, slow_matrix(view, view.size).t() @ grad.view(-1))
 
 
 @EXAMPLES
-@given(views(layouts=("arc",)), SIZES)
-def test_gather_is_the_transposed_matrix(view, size):
+@given(views(layouts=("arc",)))
+def test_gather_is_the_transposed_matrix(view):
     grad = whole_values(*view.shape)
-    found = view.generator.gather_gradient(grad, torch.empty(size), view)
-    assert found.shape == (size,)
-    assert torch.equal(found, slow_matrix(view, size).t() @ grad.view(-1))
+    found = view.generator.gather_gradient(grad, torch.empty(view.size), view)
+    assert found.shape == (view.size,)
+    assert torch.equal(found, slow_matrix(view, view.size).t() @ grad.view(-1))
 
 
 @EXAMPLES
-@given(views(), SIZES, st.integers(0, 1000))
-def test_gradients_are_the_exact_adjoint(view, size, seed):
-    state, grad = some_values(size, seed=seed), some_values(*view.shape, seed=seed + 1)
+@given(views(), st.integers(0, 1000))
+def test_gradients_are_the_exact_adjoint(view, seed):
+    state, grad = some_values(view.size, seed=seed), some_values(*view.shape, seed=seed + 1)
     weight = view.generator.materialize(state, view, torch.float64)
     ways = [view.generator.scatter_gradient, view.generator.accumulate]
     if view.generator.layout == "arc":
@@ -266,7 +303,7 @@ def test_gradients_are_the_exact_adjoint(view, size, seed):
 @pytest.mark.parametrize("size", [1, 33, 320, 997, 300_000])
 @pytest.mark.parametrize("block", [1, 32])
 def test_gather_does_not_depend_on_threads(block, size, dtype):
-    view = view_of(Ring(block=block), (300, 501), (1, 0), first=5)
+    view = view_of(Ring(block=block), (300, 501), (1, 0), first=5, size=size)
     grad, state = some_values(300, 501, dtype=dtype), torch.empty(size, dtype=dtype)
     with threads(1):
         alone = view.generator.gather_gradient(grad, state, view)
@@ -276,9 +313,9 @@ def test_gather_does_not_depend_on_threads(block, size, dtype):
             assert torch.equal(view.generator.gather_gradient(grad, state, view), alone)
 
 
-@pytest.mark.parametrize("layout", ["arc", "shuffle", "hash"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_scatter_on_the_cpu_does_not_depend_on_threads(layout):
-    view = view_of(Ring(layout=layout), (300, 501), first=5, after=9)
+    view = view_of(ring_of(layout), (300, 501), first=5, after=9, size=320)
     grad, state = some_values(300, 501, dtype=torch.float32), torch.empty(320)
     with threads(1):
         alone = view.generator.scatter_gradient(grad, state, view)
@@ -293,20 +330,21 @@ def test_scatter_on_the_cpu_does_not_depend_on_threads(layout):
         ("arc", True, "gather_gradient"),
         ("shuffle", True, "scatter_gradient"),
         ("hash", True, "scatter_gradient"),
+        ("block_diagonal", True, "scatter_gradient"),
     ],
 )
 def test_accumulate_gathers_where_it_must_be_deterministic(monkeypatch, layout, deterministic, way):
     used = []
     for name in ("scatter_gradient", "gather_gradient"):
         monkeypatch.setattr(Ring, name, lambda self, grad, state, view, name=name: used.append(name))
-    view = view_of(Ring(layout=layout), (10, 10))
+    view = view_of(ring_of(layout), (10, 10))
     with deterministic_algorithms() if deterministic else contextlib.nullcontext():
         view.generator.accumulate(some_values(10, 10), torch.empty(64), view)
     assert used == [way]
 
 
 def test_deterministic_gradients_are_the_same_gradients():
-    view, state = view_of(Ring(), (64, 90), first=3), torch.empty(320)
+    view, state = view_of(Ring(), (64, 90), first=3, size=320), torch.empty(320)
     grad = whole_values(64, 90)
     with deterministic_algorithms():
         found = view.generator.accumulate(grad, state, view)
@@ -327,8 +365,12 @@ def tiny_views(ring: Ring) -> dict[str, View]:
             "last": nn.Linear(64, 10),
         }
     )
+    return laid_out_of(model, ring, 11)
+
+
+def laid_out_of(model: nn.Module, ring: Ring, seed: int) -> dict[str, View]:
     chosen, _ = choose(candidates(model, {}), ring, ())
-    return lay_out(chosen, ring, 11)
+    return lay_out(chosen, model, dof=40, scope="model", seed=seed)[1]
 
 
 def usage(laid_out: dict[str, View], size: int) -> Tensor:
@@ -359,6 +401,15 @@ def test_hashed_cells_are_used_unevenly():
     assert used.double().var() > 0.5 * used.double().mean()  # a Poisson variable's variance is its mean
 
 
+@pytest.mark.parametrize("size", [1, 7, 12, 64])
+@pytest.mark.parametrize("length", [1, 6, 7, 64, 100])
+def test_filters_of_a_small_ring_differ(length, size):
+    """As many as the ring has cells: each begins in a cell of its own."""
+    view = view_of(ring_of("block_diagonal", permute=False), (size, length), size=size)
+    cells = view.generator.block_cells(view, size, torch.device("cpu")).view(size, length)
+    assert sorted(cells[:, 0].tolist()) == list(range(size))
+
+
 @pytest.mark.parametrize("layout", ["arc", "shuffle"])
 def test_views_of_different_tensors_do_not_overlap(layout):
     laid_out = tiny_views(Ring(layout=layout))
@@ -369,7 +420,7 @@ def test_views_of_different_tensors_do_not_overlap(layout):
 def test_padding_is_counted_and_left_unused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(5, 7), nn.Linear(3, 11), nn.Linear(3, 3))
     ring = Ring(block=8)
-    laid_out = lay_out(choose(candidates(model, {}), ring, ())[0], ring, 0)
+    laid_out = laid_out_of(model, ring, 0)
     assert [(view.offset, view.total) for view in laid_out.values()] == [(0, 80), (40, 80)]
     assert usage(laid_out, 80).tolist().count(0) == 80 - 35 - 33
     assert fxrpg.ledger(fxrpg.transform(model, dof=40, method=ring)).padding == 80 - 35 - 33
@@ -388,28 +439,35 @@ def test_generated_weights_start_at_the_planned_deviation(ring):
         assert abs(after.weight.mean()) < 4 * before.weight.std() / math.sqrt(after.weight.numel() / 4)
 
 
+def start(size: int, seed: int, std: float, tensors: tuple[int, ...] = (0,)) -> Tensor:
+    """A ring at the start, read by the weights with these ids."""
+    return Ring().init_state([view_of(Ring(), (3, 5), seed=seed, tensor=t, size=size) for t in tensors], std)
+
+
+@pytest.mark.parametrize("tensors", [(0,), (4, 2, 9)])
 @pytest.mark.parametrize("size", [1, 2, 33, 10_000])
-def test_the_state_is_the_draws_brought_to_their_deviation(size):
-    state = Ring().init_state(size, seed=1, std=0.05)
+def test_the_state_is_the_draws_brought_to_their_deviation(size, tensors):
+    """Draws of the weight that is first by id: rings of the same seed, read by other weights, are not alike."""
+    state = start(size, 1, 0.05, tensors)
     assert state.shape == (size,)
     assert state.dtype == torch.float64
     assert state.square().mean().sqrt().item() == pytest.approx(0.05, rel=1e-4)
-    draws = near_normal(size, 1, INIT)
+    draws = near_normal(size, 1, INIT, min(tensors))
     torch.testing.assert_close(state, draws * (state[0] / draws[0]), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("size", [50_021, 100_000, 300_007])
 def test_the_state_at_the_start_does_not_depend_on_threads(size):
     with threads(1):
-        alone = Ring().init_state(size, 0, 0.05)
+        alone = start(size, 0, 0.05)
     for count in (2, 3, 4):
         with threads(count):
-            assert torch.equal(Ring().init_state(size, 0, 0.05), alone)
+            assert torch.equal(start(size, 0, 0.05), alone)
 
 
 def test_a_ring_of_one_cell_whose_only_draw_is_zero():
-    state = Ring().init_state(1, seed=52440, std=0.05)
-    assert state.isfinite().all()
+    assert near_normal(1, 255022, INIT, 0).item() == 0
+    assert start(1, seed=255022, std=0.05).tolist() == [0.05]
 
 
 # Settings.
@@ -422,10 +480,13 @@ def test_a_ring_of_one_cell_whose_only_draw_is_zero():
         ({"block": 0}, "block"),
         ({"layout": "x"}, "layout"),
         ({"layout": "hash", "permute": False}, "permute"),
+        ({"layout": "block_diagonal"}, "layout='block_diagonal'"),
+        ({"bits": 3}, "bits"),
+        ({"bits_block": -1}, "bits_block"),
     ],
 )
 def test_wrong_settings_are_refused(settings, named):
-    with pytest.raises(fxrpg.FxrpgError, match=rf"Ring\({named}="):
+    with pytest.raises(fxrpg.FxrpgError, match=rf"Ring\({named}{'' if '=' in named else '='}"):
         Ring(**settings)
 
 
@@ -443,4 +504,5 @@ def test_wrong_settings_are_refused(settings, named):
 )
 def test_sizes_of_the_ring(dof, weights, size):
     """An int is exact, a fraction rounds to whole blocks of 32 that fit."""
-    assert Ring().state_size(dof, weights) == size
+    assert Ring().state_size(dof, [(weights,)]) == size
+    assert Ring().state_size(dof, [(2, 5), (weights - 10,)]) == size

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator, View
-from fxrpg.hashing import PROTOTYPE, SCORE, Bijection, near_normal, random_words
+from fxrpg.hashing import PERMUTE, PROTOTYPE, SCORE, Bijection, near_normal, random_words
 from fxrpg.packing import pack_bits, unpack_bits
 from fxrpg.straight_through import straight_through
 
@@ -144,7 +144,8 @@ class Pemn(Generator):
         """Scores whose mask is the best there is: it keeps the entries for which their fixed value beats zero by most.
 
         Of the magnitudes that the scores have now, entries take the largest in the order of what keeping them gains,
-        w^2 - (w - value)^2; so training goes on from scores of the usual size.
+        w^2 - (w - value)^2; so training goes on from scores of the usual size. Entries that are dropped although their
+        magnitude ties with the least one kept get half of it: where scores tie, the gain does not decide.
         """
         gains = []
         for view, scale, target in targets:
@@ -152,6 +153,9 @@ class Pemn(Generator):
             gains.append(fixed * (2 * view.to_logical(target) - fixed))
         order = torch.argsort(torch.cat(gains), stable=True)
         magnitudes = (targets[0][0].to_logical(state) if self.local else state).abs().sort().values
+        dropped = len(magnitudes) - kept_of(self.keep, len(magnitudes))
+        least = magnitudes[dropped].clone()
+        magnitudes[:dropped].mul_(torch.where(magnitudes[:dropped] == least, 0.5, 1.0))
         scores = torch.empty_like(magnitudes).index_copy_(0, order, magnitudes)
         return targets[0][0].from_logical(scores) if self.local else scores
 
@@ -161,7 +165,7 @@ class Pemn(Generator):
         if self.prototype == "one_layer":
             return self._prototype(view.count, view.seed, *view.shape).to(device)
         if self.permuted:
-            index = Bijection.keyed(max(view.total, view.count), view.seed, PROTOTYPE)(index)
+            index = Bijection.keyed(view.total, view.seed, PERMUTE)(index)
         values = self._prototype(min(view.size, view.size if self.permuted else view.count), view.seed).to(device)
         return values[index % view.size]
 
@@ -174,10 +178,10 @@ class Pemn(Generator):
         return self._mask(scores)[first : first + view.count]
 
     def _mask(self, scores: Tensor) -> Tensor:
-        """Exactly round(keep * n) entries of largest magnitude: a selection of the k-th value, never a sort."""
+        """Exactly round(keep * n) entries of largest magnitude: a selection, never a sort."""
         count = kept_of(self.keep, scores.numel())
         sizes = scores.abs()
-        least = torch.kthvalue(sizes, scores.numel() - count + 1).values
+        least = torch.topk(sizes, count, sorted=False).values.amin()  # not kthvalue: CUDA's is not deterministic
         mask = sizes > least
         ties = sizes == least
         return mask | (ties & (ties.cumsum(0) <= count - mask.sum()))
@@ -187,7 +191,7 @@ class Pemn(Generator):
         if self.values == "normal":
             return near_normal(count, seed, PROTOTYPE, *labels)
         words = random_words(0, -(-count // 32), seed, PROTOTYPE, *labels)
-        bits = (words[:, None] >> torch.arange(32, dtype=torch.int32) & 1).view(-1)[:count]
+        bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device="cpu") & 1).view(-1)[:count]
         return 1 - 2 * bits.to(torch.float64)
 
     def _first_scores(self, view: View) -> Tensor:

@@ -71,13 +71,14 @@ class Pranc(Generator):
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
         law = LAWS[self.law]
         limbs, weights = fixed_point(state.detach(), law.bits)
-        parts = law.combine(limbs, view) * weights
-        total = parts[0] if len(parts) == 1 else parts.sum(0)
+        total, *parts = (law.combine(limbs, view) * weights).flip(0)
+        for part in parts:  # the smallest first, in one order everywhere
+            total = total + part
         return view.from_logical((total / law.deviation).to(dtype))
 
     def reference(self, state: Tensor, view: View) -> Tensor:
         law = LAWS[self.law]
-        basis = law.combine(torch.eye(view.size, dtype=torch.float64, device=state.device), view) / law.deviation
+        basis = law.vectors(view, view.size, state.device) / law.deviation
         smooth = view.from_logical(state.to(torch.float64) @ basis).to(state.dtype)
         return straight_through(self.materialize(state, view, state.dtype), smooth)
 

@@ -38,8 +38,8 @@ class Ring(Generator):
         block: 1 (the paper's element-wise ring), 8, 16, 32 or 64 consecutive elements that stay together.
         layout: "arc": each weight permutes its own stretch of the ring (Fig. 1, Eq. 3); "shuffle": one permutation over
             all weights (the authors' code); "block_diagonal": one permutation and one row of signs a weight, the same for
-            every filter (Section 3, "Destructive Weight Sharing"), with block 1; "hash": hashed cells, used unevenly
-            (HashedNets), as a baseline.
+            every filter (Section 3, "Destructive Weight Sharing"), with block 1, even within each weight; "hash": hashed cells,
+            used unevenly (HashedNets), as a baseline.
         permute: False leaves blocks in order (the paper's ablation).
         reflect: False leaves out the signs (the paper's ablation).
         bits: None, or 8 or 4: weights read the ring rounded to so many bits, and its gradient passes straight through.
@@ -60,7 +60,7 @@ class Ring(Generator):
     sparse: bool = False
 
     def __post_init__(self) -> None:
-        if self.block not in BLOCKS:
+        if type(self.block) is not int or self.block not in BLOCKS:
             raise FxrpgError("Ring(block=...)", f"must be one of {BLOCKS}", repr(self.block), "Pass one of them.")
         if self.layout not in LAYOUTS:
             raise FxrpgError("Ring(layout=...)", f"must be one of {LAYOUTS}", repr(self.layout), "Pass one of them.")
@@ -74,10 +74,11 @@ class Ring(Generator):
         if self.layout == "block_diagonal" and self.block != 1:
             fix = "Pass Ring(layout='block_diagonal', block=1)."
             raise FxrpgError("Ring(layout='block_diagonal')", "needs block=1", f"block={self.block}", fix)
-        if self.bits not in (None, 4, 8):
+        if self.bits is not None and (type(self.bits) is not int or self.bits not in (4, 8)):
             raise FxrpgError("Ring(bits=...)", "must be 8, 4 or None", repr(self.bits), "Pass one of them.")
-        if self.bits_block < 0:
-            raise FxrpgError("Ring(bits_block=...)", "must be 0 or more", repr(self.bits_block), "Pass such as 64.")
+        if type(self.bits_block) is not int or self.bits_block < 0:
+            fix = "Pass such as 64."
+            raise FxrpgError("Ring(bits_block=...)", "must be an int of 0 or more", repr(self.bits_block), fix)
 
     def state_size(self, dof: int | float, shapes: Sequence[tuple[int, ...]]) -> int:
         """An int is taken exactly; a fraction rounds to the nearest whole number of blocks that fits."""
@@ -109,18 +110,18 @@ class Ring(Generator):
 
     def freeze(self, state: Tensor, view: View) -> Tensor:
         assert self.bits is not None
-        return pack_quantised(state, self.bits, self.bits_block)
+        return pack_quantised(state, self.bits, self._run(view.size))
 
     def frozen_shape(self, view: View) -> tuple[int, ...]:
         assert self.bits is not None
-        return (packed_size(view.size, self.bits, self.bits_block),)
+        return (packed_size(view.size, self.bits, self._run(view.size)),)
 
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
         state = state.detach()
         if state.dtype == torch.uint8:
             assert self.bits is not None
             cells = self._cells(self.block_cells(view, view.size, state.device), view.size).view(-1)[: view.count]
-            values = read_quantised(state, cells, view.size, self.bits, self.bits_block).to(dtype)
+            values = read_quantised(state, cells, view.size, self.bits, self._run(view.size)).to(dtype)
             return view.from_logical(self._reflected(values, view))
         return self._gathered(self._rounded(state).to(dtype), view)
 
@@ -158,10 +159,14 @@ class Ring(Generator):
         """The ring as weights read it: itself, or in few bits."""
         if not self.bits:
             return state
-        wide = state.to(torch.promote_types(state.dtype, torch.float32))
-        steps = steps_of(wide, self.bits, self.bits_block)
-        codes = codes_of(wide, steps, self.bits_block)
-        return (codes * spread(steps, self.bits_block, len(wide))).to(state.dtype)
+        wide, run = state.float(), self._run(len(state))
+        steps = steps_of(wide, self.bits, run)
+        codes = codes_of(wide, steps, run) + 0.0  # packed codes know no negative zero either
+        return (codes * spread(steps, run, len(wide))).to(state.dtype)
+
+    def _run(self, size: int) -> int:
+        """Cells of a ring of that size that share a step, 0 for all."""
+        return self.bits_block if self.bits_block < size else 0
 
     def _gathered(self, ring: Tensor, view: View) -> Tensor:
         """The weight that reads `ring`, with its signs."""
@@ -227,7 +232,8 @@ class Ring(Generator):
         """The cell of every element where each filter reads its own stretch of the ring in the weight's one order.
 
         Filters that would start in the same cell, because the ring has come round, start one cell later: no two of the
-        first `size` filters are equal, however small the ring.
+        first `size` filters of a weight read the same cells in the same order, however small the ring. Of one weight every
+        cell is used floor or ceil of its share of times; the cells skipped let sums over several weights differ by more.
         """
         length = view.fan_in
         row = torch.div(elements, length, rounding_mode="floor")
