@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_module, copy_without, disassemble, plan_of
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, generator_from, rounded
+from fxrpg.generator import Generator, generator_from
+from fxrpg.packing import rounded
 from fxrpg.passes.pipeline import graph_roles
 from fxrpg.plan import Choice, Plan, candidates, checked_seed, choose
 from fxrpg.roles import Role
@@ -129,7 +130,7 @@ def _deviation(parameter: Tensor, role: Role) -> float:
 
 
 def _checked_rules(plan: Any) -> tuple[Rule, ...]:
-    rules = (plan,) if isinstance(plan, Rule) else tuple(plan)
+    rules = (plan,) if isinstance(plan, Rule) else tuple(plan) if isinstance(plan, Iterable) else (plan,)
     for rule in rules:
         if not isinstance(rule, Rule):
             raise FxrpgError(

@@ -7,7 +7,6 @@ bits on every device, with any number of threads and any size of chunk, and cost
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -23,6 +22,9 @@ CHUNK = 7 << 12
 """Words drawn at a time. What is made of them stays in a core's cache, and below the 32,768 elements from which torch would
 split each of these many small steps between threads, which on a busy machine wait for one another."""
 
+_BINNED = 128
+"""Words whose 256 sums by byte are kept at a time, a megabyte."""
+
 
 class Law(ABC):
     """How the values of a basis are drawn.
@@ -36,19 +38,19 @@ class Law(ABC):
     deviation: ClassVar[float]
 
     @abstractmethod
-    def combine(self, numbers: Tensor, view: View) -> Tensor:
-        """sum_k numbers[:, k] v_ik for every element i in logical order.
+    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
+        """sum_k numbers[:, k] v_ik for every element i, some elements at a time in logical order.
 
         Args:
             numbers: float64 [n, k].
 
-        Returns:
-            float64 [n, count]; exact if the numbers are integers and every sum stays below 2^53.
+        Yields:
+            float64 [n, elements]; exact if the numbers are integers and every sum stays below 2^53.
         """
 
     @abstractmethod
     def project(self, grad: Tensor, view: View, size: int) -> Tensor:
-        """The adjoint: sum_i grad_i v_ik for every k < `size`, of a float64 `grad` [count]. Returns float64 [size]."""
+        """The adjoint: sum_i grad_i v_ik for every k < `size`, of a `grad` [count]. Summed and returned in float64, [size]."""
 
     @abstractmethod
     def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
@@ -59,70 +61,40 @@ class Law(ABC):
         return view.count * view.size
 
 
-def fixed_point(alphas: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`alphas` as rows of integers: alpha_k = sum_l limbs[l, k] * weights[l], to 31 bits of the largest (62 for float64).
-
-    How many rows there are depends on how many alphas; what they stand for does not.
-
-    Args:
-        alphas: floating-point [k].
-        bits: of the largest basis value.
-
-    Returns:
-        (limbs, weights), both float64: [l, k] integers of so few bits that a sum over k of products with the basis stays
-        below 2^53, and their powers of two, [l, 1]. NaN where an alpha is not finite.
-    """
-    wanted = 62 if alphas.dtype == torch.float64 else 31
-    each = min(31, 53 - bits - max(1, len(alphas) - 1).bit_length())
-    alphas = alphas.to(torch.float64)
-    broken = (0 * alphas).sum()  # zero, or NaN if an alpha is not finite
-    exponent = torch.frexp(torch.nan_to_num(alphas.abs().amax(), 1.0, 1.0))[1].to(torch.float64)
-    exponent = exponent.clamp(min=-960)  # so that its power, and that of the last bit, are normal numbers
-    rest, limbs, weights = alphas * torch.exp2(-exponent), [], []
-    for done in range(0, wanted, each):
-        width = min(each, wanted - done)
-        rest = rest * 2.0**width
-        whole = torch.round(rest) if done + width == wanted else torch.trunc(rest)
-        limbs.append(whole)
-        weights.append(torch.exp2(exponent - (done + width)) + broken)
-        rest = rest - whole
-    return torch.stack(limbs), torch.stack(weights)[:, None]
-
-
 class Rademacher(Law):
     """Signs, 32 basis vectors a word. Eight at a time they pick one of 256 ready sums: no sign is ever unpacked."""
 
     bits, deviation = 0, 1.0
 
-    def combine(self, numbers: Tensor, view: View) -> Tensor:
+    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
         groups = -(-numbers.shape[1] // 32)
-        numbers = torch.nn.functional.pad(numbers, (0, 32 * groups - numbers.shape[1]))
-        tables = _sums_of_signs(numbers.view(len(numbers), 4 * groups, 8))  # [n, bytes, 256]
-        parts = []
+        numbers = torch.nn.functional.pad(numbers, (0, 32 * groups - numbers.shape[1])).view(len(numbers), groups, 4, 8)
         for rows in _row_chunks(view.count, view, numbers.device):
             part = numbers.new_zeros(len(numbers), len(rows))
             for first, words in _crossed(rows, groups, view):
+                tables = _sums_of_signs(numbers[:, first : first + len(words)])  # [n, words, 4, 256]
                 for byte in range(4):
-                    chosen = (words >> 8 * byte & 0xFF) + _starts(len(words), numbers.device)
-                    some = tables[:, 4 * first + byte : 4 * (first + len(words)) : 4].flatten(1)
-                    for row, table in zip(part, some, strict=True):
-                        row += table.index_select(0, chosen.view(-1)).view(words.shape).sum(0)
-            parts.append(part)
-        return torch.cat(parts, 1)
+                    chosen = ((words >> 8 * byte & 0xFF) + _starts(len(words), numbers.device)).view(-1)
+                    for row, table in zip(part, tables[:, :, byte].flatten(1), strict=True):
+                        row += table.index_select(0, chosen).view(words.shape).sum(0)
+            yield part
 
     def project(self, grad: Tensor, view: View, size: int) -> Tensor:
-        groups = -(-size // 32)
-        bins = grad.new_zeros(groups, 4, 256)
-        start = 0
-        for rows in _row_chunks(view.count, view, grad.device):
-            some = grad[start : start + len(rows)]
-            for first, words in _crossed(rows, groups, view):
-                repeated = some.expand(len(words), -1).reshape(-1)
-                for byte in range(4):
-                    chosen = (words >> 8 * byte & 0xFF) + _starts(len(words), grad.device)
-                    bins[first : first + len(words), byte] += _binned(chosen.view(-1), repeated, len(words))
-            start += len(rows)
-        return (bins @ _signs_of_bytes(grad.device)).view(-1)[:size]
+        parts = []
+        for start in range(0, groups := -(-size // 32), _BINNED):
+            batch = min(_BINNED, groups - start)
+            bins = torch.zeros(batch, 4, 256, dtype=torch.float64, device=grad.device)
+            done = 0
+            for rows in _row_chunks(view.count, view, grad.device):
+                some = grad[done : done + len(rows)].to(torch.float64)
+                for first, words in _crossed(rows, batch, view, start):
+                    repeated = some.expand(len(words), -1).reshape(-1)
+                    for byte in range(4):
+                        chosen = (words >> 8 * byte & 0xFF) + _starts(len(words), grad.device)
+                        bins[first : first + len(words), byte] += _binned(chosen.view(-1), repeated, len(words))
+                done += len(rows)
+            parts.append(_signed_sums(bins).view(-1))
+        return torch.cat(parts)[:size]
 
     def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
         rows = _rows(0, view.count, view, device)
@@ -139,19 +111,17 @@ class Drawn(Law):
     def values(self, rows: Tensor, first: int, count: int, view: View) -> Tensor:
         """Values of the basis vectors `first .. first + count - 1` on some elements: float64 [count, elements]."""
 
-    def combine(self, numbers: Tensor, view: View) -> Tensor:
-        size, parts = numbers.shape[1], []
+    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
         for rows in _row_chunks(view.count, view, numbers.device):
             part = numbers.new_zeros(len(numbers), len(rows))
-            for first, count in self._runs(size, len(rows)):
+            for first, count in self._runs(numbers.shape[1], len(rows)):
                 part += numbers[:, first : first + count] @ self.values(rows, first, count, view)
-            parts.append(part)
-        return torch.cat(parts, 1)
+            yield part
 
     def project(self, grad: Tensor, view: View, size: int) -> Tensor:
-        out, start = grad.new_zeros(size), 0
+        out, start = torch.zeros(size, dtype=torch.float64, device=grad.device), 0
         for rows in _row_chunks(view.count, view, grad.device):
-            some = grad[start : start + len(rows)]
+            some = grad[start : start + len(rows)].to(torch.float64)
             for first, count in self._runs(size, len(rows)):
                 out[first : first + count] += self.values(rows, first, count, view) @ some
             start += len(rows)
@@ -162,7 +132,7 @@ class Drawn(Law):
 
     def _runs(self, size: int, rows: int) -> Iterator[tuple[int, int]]:
         """(first, count) of the basis vectors in each chunk: an even count, because two may share a word."""
-        step = 2 * max(1, int(CHUNK / self.words) // rows // 2)
+        step = 2 * max(1, int(CHUNK / max(1, self.words)) // rows // 2)
         return ((first, min(step, size - first)) for first in range(0, size, step))
 
 
@@ -195,31 +165,44 @@ class KhatriRao(Law):
 
     bits, deviation = 0, 1.0
 
-    def combine(self, numbers: Tensor, view: View) -> Tensor:
-        outputs = view.count // view.fan_in
-        total = numbers.new_zeros(len(numbers), outputs, view.fan_in)
-        for first, left, right in self._factors(view, numbers.shape[1], numbers.device):
-            some = numbers[:, first : first + len(left)]
-            total += (left.t() * some[:, None, :]) @ right
-        return total.view(len(numbers), -1)
+    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
+        for outputs in self._output_chunks(view):
+            part = numbers.new_zeros(len(numbers), outputs.stop - outputs.start, view.fan_in)
+            for first, left, right in self._factors(view, numbers.shape[1], numbers.device, outputs):
+                some = numbers[:, first : first + len(left)]
+                part += (left.t() * some[:, None, :]) @ right
+            yield part.view(len(numbers), -1)
 
     def project(self, grad: Tensor, view: View, size: int) -> Tensor:
+        out = torch.zeros(size, dtype=torch.float64, device=grad.device)
         matrix = grad.view(-1, view.fan_in)
-        parts = [((left @ matrix) * right).sum(1) for _, left, right in self._factors(view, size, grad.device)]
-        return torch.cat(parts)
+        for outputs in self._output_chunks(view):
+            some = matrix[outputs].to(torch.float64)
+            for first, left, right in self._factors(view, size, grad.device, outputs):
+                out[first : first + len(left)] += ((left @ some) * right).sum(1)
+        return out
+
+    def _output_chunks(self, view: View) -> Iterator[slice]:
+        """Rows of the weight as a matrix, some at a time: the inputs' signs are drawn again for each."""
+        outputs, step = view.count // view.fan_in, max(1, 16 * CHUNK // view.fan_in)
+        return (slice(first, min(first + step, outputs)) for first in range(0, outputs, step))
 
     def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
-        some = [left[:, :, None] * right[:, None, :] for _, left, right in self._factors(view, size, device)]
+        whole = slice(0, view.count // view.fan_in)
+        some = [left[:, :, None] * right[:, None, :] for _, left, right in self._factors(view, size, device, whole)]
         return torch.cat(some).view(size, -1)
 
     def draws(self, view: View) -> int:
         return (view.count // view.fan_in + view.fan_in) * view.size
 
-    def _factors(self, view: View, size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _factors(
+        self, view: View, size: int, device: torch.device, outputs: slice
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first, u, w) for chunks of the basis: signs, float64 [chunk, outputs] and [chunk, inputs]."""
-        sides = view.count // view.fan_in + view.fan_in
-        rows = _rows(0, sides, view, device)
-        step = 32 * max(1, CHUNK // (16 * sides))
+        inputs = view.count // view.fan_in  # where the inputs' words begin, after those of all outputs
+        parts = ((outputs.start, outputs.stop), (inputs, inputs + view.fan_in))
+        rows = torch.cat([_rows(start, stop, view, device) for start, stop in parts])
+        step = 32 * max(1, CHUNK // (16 * len(rows)))
         for first in range(0, size, step):
             count = min(step, size - first)
             signs = _signs(crossed_words(rows, _columns(first // 32, -(-count // 32), view, device)), count)
@@ -240,10 +223,10 @@ def _rows(start: int, stop: int, view: View, device: torch.device) -> Tensor:
     return words_at(torch.arange(start, stop, device=device), view.seed, ROW, view.tensor)
 
 
-def _crossed(rows: Tensor, groups: int, view: View) -> Iterator[tuple[int, Tensor]]:
-    """(first group, words [groups, elements]) for chunks of the groups of 32 basis vectors."""
+def _crossed(rows: Tensor, groups: int, view: View, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """(first, words [some, elements]) for chunks of the groups `start + first` of 32 basis vectors, first < `groups`."""
     step = max(1, CHUNK // len(rows))
-    columns = _columns(0, groups, view, rows.device)
+    columns = _columns(start, groups, view, rows.device)
     for first in range(0, groups, step):
         yield first, crossed_words(rows, columns[first : first + step])
 
@@ -272,11 +255,14 @@ def _sums_of_signs(numbers: Tensor) -> Tensor:
     return sums
 
 
-@functools.lru_cache(maxsize=8)
-def _signs_of_bytes(device: torch.device) -> Tensor:
-    """The eight signs of every byte, float64 [256, 8]."""
-    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-    return 1 - 2 * bits.to(torch.float64)
+def _signed_sums(bins: Tensor) -> Tensor:
+    """The adjoint of `_sums_of_signs`, [..., 256] -> [..., 8]: by halves; a product would be split between threads."""
+    found = []
+    for _ in range(8):
+        low, high = bins.unflatten(-1, (2, -1)).unbind(-2)  # the highest bit that is left: clear, set
+        found.append((low - high).sum(-1))
+        bins = low + high
+    return torch.stack(found[::-1], -1)
 
 
 def _binned(chosen: Tensor, values: Tensor, tables: int) -> Tensor:

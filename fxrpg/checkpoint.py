@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of
+from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of, states_in
 from fxrpg.channels import narrow_modules
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
 from fxrpg.header import DTYPES, KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
 from fxrpg.lowering import encode_scales, generate_weight
-from fxrpg.owner import DIGEST, SCALE
+from fxrpg.owner import DIGEST, SCALE, tensor_at
 from fxrpg.packing import pack_bits
 from fxrpg.plan import Plan
 from fxrpg.validation import check_kept, check_tensors, parse
@@ -151,7 +151,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, seed: int | None = N
     for state, names in plan.states.items():
         if state in trainable:
             trainable[state].requires_grad_(any(parameters[name].requires_grad for name in names))
-    fill(result, contents, path, {*states, *(state + KEPT for state in pruned_states(plan)), SCALE, DIGEST})
+    same = {id(tensor_at(result, state)) for state in states}
+    own = {name for name, tensor in result.state_dict(keep_vars=True).items() if id(tensor) in same}
+    fill(result, contents, path, {*own, *(state + KEPT for state in pruned_states(plan)), SCALE, DIGEST})
     return result
 
 
@@ -191,9 +193,10 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     by_id: dict[int, str] = {}
+    states = {id(tensor_at(model, state)): state for state in states_in(model)}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in (SCALE, DIGEST):
-            continue
+        if name in (SCALE, DIGEST) or states.get(id(tensor), name) != name:
+            continue  # a mask's scores in a module of several names stand under one
         plain = isinstance(tensor, Tensor) and type(tensor.data) is Tensor and tensor.layout == torch.strided
         if not plain or tensor.dtype not in DTYPES:
             found = f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')} {getattr(tensor, 'layout', '')}".rstrip()

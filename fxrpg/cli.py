@@ -154,8 +154,9 @@ def _add_transform(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=_rule,
-        metavar="PATTERN=ACTION",
-        help='"generate", "dense" or a method for parameters by name, such as "fc.*=dense"; repeatable, the first match counts',
+        metavar="PATTERN=ACTION[:DOF]",
+        help='"generate", "dense" or a method for parameters by name, such as "fc.*=dense" or "fc.*=pranc:20"; repeatable, '
+        "the first match counts",
     )
 
 
@@ -177,11 +178,12 @@ def _setting(text: str) -> tuple[str, Any]:
     return name, value
 
 
-def _rule(text: str) -> tuple[str, str]:
+def _rule(text: str) -> tuple[str, str, int | float | None]:
     pattern, separator, action = text.rpartition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"must be PATTERN=ACTION, found {text!r}")
-    return pattern, action
+    action, separator, dof = action.partition(":")
+    return pattern, action, _number(dof) if separator else None
 
 
 def build(spec: str, device: str = "cpu") -> nn.Module:
@@ -212,7 +214,7 @@ def build(spec: str, device: str = "cpu") -> nn.Module:
 
 
 def _transform(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
-    rules = [Rule(pattern, action) for pattern, action in arguments.rule]
+    rules = [Rule(pattern, action, dof=dof) for pattern, action, dof in arguments.rule]
     method = _configured(arguments.method, dict(arguments.set))
     return transform(model, dof=arguments.dof, method=method, scope=arguments.scope, seed=arguments.seed, plan=rules)
 

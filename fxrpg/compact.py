@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxrpg.assemble import copy_module, plan_of, put_state, replan, states_in, take_state
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import View
+from fxrpg.generator import Generator, View
 from fxrpg.owner import SCALE, tensor_at
 from fxrpg.plan import Plan, Scope
 from fxrpg.scopes import shares
@@ -41,6 +41,9 @@ def freeze(model: nn.Module) -> nn.Module:
         return dataclasses.replace(scope, frozen=True, state=scope.generator.frozen_name(scope.state))
 
     def packed(state: Tensor, scope: Scope, view: View) -> Tensor:
+        if not state.is_meta and not bool(torch.isfinite(state).all()):
+            fix = "Freeze a model from before it diverged."
+            raise FxrpgError("freeze", "needs finite numbers", f"NaN or infinity in {scope.state!r}", fix)
         return scope.generator.freeze(state, view) if scope.generator.freezes and not scope.frozen else state
 
     result = _rebuilt(model, plan.with_scopes(change), packed)
@@ -66,33 +69,28 @@ def quantize(model: nn.Module, bits: int = 8, *, block: int = 0) -> nn.Module:
     _check_trainable(plan, "quantize")
     if bits is None:  # what a ring takes for full precision
         raise FxrpgError("quantize, bits", "must be 8 or 4", "None", "Pass one of them.")
-    found = [scope for scope in plan.scopes if hasattr(scope.generator, "bits")] or plan.scopes
-
-    def change(scope: Scope) -> Scope:
-        if not any(scope is one for one in found):
-            return scope
-        return dataclasses.replace(scope, generator=scope.generator.quantised(bits, block))
-
-    return _rebuilt(model, plan.with_scopes(change))
+    return _rebuilt(model, _with_settings(plan, lambda generator: generator.quantised(bits, block), "bits"))
 
 
 def prune(model: nn.Module, amount: float) -> nn.Module:
-    """A copy of `model` in whose states the fraction `amount` of smallest magnitude is zero and stays zero.
+    """A copy of `model` in whose rings and coefficients the fraction `amount` of least magnitude is zero and stays zero.
 
     Pruned numbers get no gradient and are not stored in files. (arXiv:2107.07110, Section 5.2, fine-grained pruning.)
     Train a pruned model with an optimizer of its own: momentum from before would move what was pruned.
 
     Raises:
-        FxrpgError: `model` is not transformed, is frozen or masked; `amount` is not in (0, 1).
+        FxrpgError: `model` is not transformed, is frozen, or has masks only; `amount` is not in (0, 1).
     """
     plan = plan_of(model)
     _check_trainable(plan, "prune")
     if isinstance(amount, bool) or not isinstance(amount, float) or not 0 < amount < 1:
         raise FxrpgError("prune, amount", "must be a float in (0, 1)", repr(amount), "Pass such as 0.5.")
-    pruned = plan.with_scopes(lambda scope: dataclasses.replace(scope, generator=scope.generator.pruned()))
-    return _rebuilt(
-        model, pruned, lambda state, scope, view: _largest(state, state.numel() - round(amount * state.numel()))
-    )
+
+    def change(state: Tensor, scope: Scope, view: View) -> Tensor:
+        size = state.numel()
+        return state if scope.generator.masks else _largest(state, size - round(amount * size))
+
+    return _rebuilt(model, _with_settings(plan, lambda generator: generator.pruned(), "sparse"), change)
 
 
 def truncate(model: nn.Module, k: int, *, order: str = "magnitude") -> nn.Module:
@@ -123,6 +121,20 @@ def truncate(model: nn.Module, k: int, *, order: str = "magnitude") -> nn.Module
         return _rebuilt(model, new, lambda state, scope, view: _largest(state, sizes[scope.state]))
     new = plan.with_scopes(lambda scope: dataclasses.replace(scope, size=sizes[scope.state]))
     return _rebuilt(model, new, lambda state, scope, view: state[: sizes[scope.state]].clone())
+
+
+def _with_settings(plan: Plan, change: Callable[[Generator], Generator], setting: str) -> Plan:
+    """The plan with the settings changed of every method that has `setting`; of all, to hear why not, if none has."""
+
+    def has(scope: Scope) -> bool:
+        return any(f.name == setting for f in dataclasses.fields(scope.generator))
+
+    able = [has(scope) for scope in plan.scopes]
+
+    def changed(scope: Scope) -> Scope:
+        return dataclasses.replace(scope, generator=change(scope.generator)) if has(scope) or not any(able) else scope
+
+    return plan.with_scopes(changed)
 
 
 def _rebuilt(

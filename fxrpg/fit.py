@@ -64,6 +64,9 @@ def fit(model: nn.Module, target: nn.Module) -> Fit:
         raise FxrpgError(
             "fit", "must be a model that can be trained, with all its channels", "a frozen or pruned one", fix
         )
+    if not isinstance(target, nn.Module):
+        fix = "Pass the model whose weights to fit."
+        raise FxrpgError("fit", "target must be a torch.nn.Module", type(target).__name__, fix)
     weights = dict(target.named_parameters(remove_duplicate=False))
     for name, view in plan.views.items():
         _check_target(name, view.shape, weights.get(name))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxrpg.errors import FxrpgError
 from fxrpg.least_squares import conjugate_gradients
+from fxrpg.packing import rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,13 @@ class Generator(ABC):
     """Of the root's parameter that is the state, or, for a `local` state, the ending of its name: weight + "_score"."""
     keeps_ends: ClassVar[bool] = False
     """Whether the method's default plan leaves the first and the last conv or linear layer dense."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if type(f.default) is bool and type(value) is not bool:
+                where = f"{type(self).__name__}({f.name}=...)"
+                raise FxrpgError(where, "must be True or False", repr(value), "Pass one of them.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -59,12 +67,17 @@ class Generator(ABC):
         return False
 
     @property
+    def granule(self) -> int:
+        """What the size of a state had better be a multiple of."""
+        return 1
+
+    @property
     def needs_dof(self) -> bool:
         """Whether `transform` must be told a number of degrees of freedom."""
         return True
 
     def most(self, shapes: Sequence[tuple[int, ...]]) -> int:
-        """The largest DoF for weights of these shapes: as many as they have elements."""
+        """The largest DoF for weights of these shapes."""
         return sum(map(math.prod, shapes))
 
     @abstractmethod
@@ -77,8 +90,8 @@ class Generator(ABC):
 
     def addresses(self, counts: Sequence[int]) -> tuple[list[int], int]:
         """(first position of each weight, positions in all): side by side where the method does not say otherwise."""
-        ends = [0, *itertools.accumulate(self.extents(counts))]
-        return ends[:-1], ends[-1]
+        *offsets, total = itertools.accumulate(self.extents(counts), initial=0)
+        return offsets, total
 
     def scales(self, views: Sequence[View], deviations: Sequence[float]) -> tuple[float, list[float]]:
         """What the state starts with, and the fixed scale of each weight, so that weights start with these deviations.
@@ -93,18 +106,13 @@ class Generator(ABC):
 
     def quantised(self, bits: int, block: int) -> Generator:
         """The settings under which the state is read in few bits."""
-        fix = (
-            "Leave it as it is: `fxrpg.freeze` packs a mask's scores into one bit a weight."
-            if self.masks
-            else "Use a ring."
-        )
+        fix = "Of masks, fxrpg.freeze packs the scores into one bit a weight." if self.masks else "Use a ring."
         raise FxrpgError("quantize", "needs a ring", f"the method {self.method!r}", fix)
 
     def pruned(self) -> Generator:
         """The settings under which numbers of the state that are zero are pruned."""
-        raise FxrpgError(
-            "prune", "needs a ring or a PRANC basis", f"the method {self.method!r}", "Lower `keep` instead."
-        )
+        fix = "Lower `keep` instead."
+        raise FxrpgError("prune", "needs a ring or a PRANC basis", f"the method {self.method!r}", fix)
 
     def check(self, views: Sequence[View]) -> None:
         """Warn, when a model is transformed, of what generating all these weights takes."""
@@ -181,7 +189,7 @@ class Generator(ABC):
 
         def adjoint(weights: Iterable[Tensor]) -> Tensor:
             pairs = zip(targets, weights, strict=True)
-            return torch.stack([self.accumulate(w * scale, live, view) for (view, scale, _), w in pairs]).sum(0)
+            return sum((self.accumulate(w * s, live, view) for (view, s, _), w in pairs), torch.zeros_like(state))
 
         return conjugate_gradients(forward, adjoint, [target for _, _, target in targets])
 
@@ -278,19 +286,12 @@ class View:
         return logical.permute(inverse).clone(memory_format=torch.contiguous_format)
 
 
-def rounded(x: float) -> float:
-    """`x` with 16 significant bits: those of a measured deviation that do not depend on the number of threads."""
-    mantissa, exponent = math.frexp(x)
-    return math.ldexp(round(mantissa * (1 << 16)), exponent - 16)
-
-
 def generator_from(method: str | Generator) -> Generator:
     """The settings that a user's `method=` names: a Generator, or the name of one with its defaults."""
     if isinstance(method, Generator):
         return method
     known = sorted(Generator.registry)
     if method not in known:
-        raise FxrpgError(
-            "method", f"must be one of {known} or an instance of their classes", repr(method), "Pass one of them."
-        )
+        must = f"must be one of {known} or an instance of their classes"
+        raise FxrpgError("method", must, repr(method), "Pass one of them.")
     return Generator.registry[method]()

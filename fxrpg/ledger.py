@@ -100,5 +100,6 @@ def _dof(model: nn.Module, plan: Plan) -> int:
     dof = sum(scope.size for scope in plan.scopes if scope.frozen or not scope.generator.sparse)
     for state, (name, *_) in plan.states.items():
         if plan.scope(name).generator.sparse and not plan.scope(name).frozen:
-            dof += int((tensor_at(model, state) != 0).sum())
+            held = tensor_at(model, state)
+            dof += plan.scope(name).size if held.is_meta else int((held != 0).sum())
     return dof

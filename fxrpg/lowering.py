@@ -203,6 +203,8 @@ def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype 
 
 def plain_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype | None = None) -> Tensor:
     """`generate_weight` in plain torch ops that autograd and torch.func follow: slow, saves what it likes, the reference."""
+    if not state.is_floating_point():
+        return generate_weight(state, scale, text, dtype)  # frozen: nothing to follow
     view = View.parse(text)
     wide = torch.promote_types(state.dtype, torch.float32)
     values = view.narrowed(view.generator.reference(state, view.whole))

@@ -1,9 +1,17 @@
-"""Numbers in few bits: masks at one bit an entry, quantised values at eight or four."""
+"""Numbers in few bits: masks at one bit an entry, quantised values at eight or four, scales at sixteen."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+
+def rounded(x: float) -> float:
+    """`x` with 16 significant bits: those of a measured deviation that do not depend on the number of threads."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * (1 << 16)), exponent - 16)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

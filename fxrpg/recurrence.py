@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
-from fxrpg.assemble import check_untransformed
+from fxrpg.assemble import check_untransformed, copy_module
 from fxrpg.errors import FxrpgError
 from fxrpg.roles import NORMS, PLAIN_KINDS, Role, parametrized_layers, role_of
 
@@ -54,7 +53,7 @@ def unroll(module: nn.Module, times: int, *, own_norm: bool = True) -> Unrolled:
         if hooks := [kind for kind in _HOOKS if getattr(part, kind)]:
             must, fix = "must have no hooks when it is unrolled", "Remove them, unroll, and register them on each step."
             raise FxrpgError(f"unroll, {name or type(module).__name__}", must, ", ".join(hooks), fix)
-    first = copy.deepcopy(module)
+    first = copy_module(module)
     return Unrolled([first, *(_step(first, own_norm) for _ in range(times - 1))])
 
 
@@ -71,4 +70,4 @@ def _step(first: nn.Module, own_norm: bool) -> nn.Module:
             weight = isinstance(role, Role) and role.kind not in PLAIN_KINDS
             if parameter is not None and not weight and not norm:
                 shared[id(parameter)] = parameter
-    return copy.deepcopy(first, shared)
+    return copy_module(first, shared)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -61,8 +63,13 @@ def _groups(chosen: Sequence[Choice], model: nn.Module, scope: Scoping) -> dict[
     for choice in chosen:
         rule = choice.rule
         if rule not in scopings:
-            scopings[rule] = scoping_of(model, scope if rule is None else rule.scope or "model")
-        label = rule, str(scopings[rule](choice.candidate.name))
+            own = rule is not None and rule.scope is not None
+            scopings[rule] = scoping_of(model, rule.scope if rule and own else "model" if rule else scope)  # type: ignore[arg-type]
+        name = scopings[rule](choice.candidate.name)
+        if not isinstance(name, str):
+            must, fix = "the function must return a scope's name, a string", 'Return "" for weights of no scope.'
+            raise FxrpgError(f"scope of {choice.candidate.name}", must, repr(name), fix)
+        label = rule, name
         groups.setdefault(label, []).append(choice)
     by_first_name = sorted(groups.items(), key=lambda item: min(choice.candidate.name for choice in item[1]))
     return dict(by_first_name)
@@ -164,7 +171,19 @@ def _split(generator: Generator, scopes: dict[str, list[tuple[int, ...]]], dof: 
     if whole < len(scopes):
         fix = "Pass at least one number for each scope, or a coarser scope."
         raise FxrpgError(where, f"must be at least {len(scopes)}, the number of scopes", repr(dof), fix)
-    return shares(whole, {name: generator.most(shapes) for name, shapes in scopes.items()})
+    return _aligned_shares(whole, {name: generator.most(shapes) for name, shapes in scopes.items()}, generator.granule)
+
+
+def _aligned_shares(whole: int, weights: dict[str, int], granule: int) -> dict[str, int]:
+    """`whole` split by share in multiples of `granule`, the rest to the largest share; in any numbers where that cannot be."""
+    granules, rest = divmod(whole, granule)
+    rooms = {name: count // granule for name, count in weights.items()}
+    largest = max(weights, key=lambda name: weights[name])
+    if granules < len(weights) or not all(rooms.values()) or granules > sum(rooms.values()):
+        return shares(whole, weights)
+    sizes = {name: granule * size for name, size in shares(granules, rooms).items()}
+    sizes[largest] += rest
+    return sizes if sizes[largest] <= weights[largest] else shares(whole, weights)
 
 
 def shares(whole: int, weights: dict[str, int]) -> dict[str, int]:
@@ -188,12 +207,12 @@ def checked_dof(dof: Any, generator: Generator, shapes: Sequence[tuple[int, ...]
     fix = f"Pass an int from 1 to {most}, or a fraction in (0, 1]."
     what = "the generated weights" if most == sum(map(math.prod, shapes)) else "the largest weight"
     must = f"must be an int in [1, {most}] ({what}) or a fraction in (0, 1]"
-    if dof is None or isinstance(dof, bool) or not hasattr(dof, "__float__"):
+    if isinstance(dof, bool) or not isinstance(dof, numbers.Real):
         raise FxrpgError(where, must, "none" if dof is None else repr(dof), fix)
-    value = float(dof)
-    exact = not isinstance(dof, float) or value > 1
-    if not math.isfinite(value) or value <= 0 or (exact and value != int(value)) or value > most:
-        raise FxrpgError(where, must, repr(dof), fix)
+    value = int(dof) if isinstance(dof, numbers.Integral) else float(dof)
+    exact = isinstance(value, int) or value > 1
+    if not 0 < value <= most or (exact and value != int(value)):
+        raise FxrpgError(where, must, reprlib.repr(dof), fix)
     return generator.state_size(int(value) if exact else value, shapes)
 
 

@@ -58,6 +58,10 @@ class PrancTrainer:
             if plan.scope(name).generator.method == "pranc"
         }
         sizes = {state: len(alpha) for state, alpha in self._alphas.items()}
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+            fix = "Pass such as torch.optim.Adam(model.parameters())."
+            found = type(optimizer).__name__
+            raise FxrpgError("PrancTrainer", "needs a torch optimizer that steps without a closure", found, fix)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = [alpha for alpha in self._alphas.values() if id(alpha) in held and alpha.requires_grad]
         if not sizes or len(trained) < len(sizes):
@@ -67,6 +71,8 @@ class PrancTrainer:
         if active is not None:
             _check_count("active", active, len(sizes), sum(sizes.values()))
         _check_count("period", period, 1)
+        if type(nested) is not bool:
+            raise FxrpgError("PrancTrainer, nested", "must be True or False", repr(nested), "Pass one of them.")
         self.optimizer, self.period, self.nested, self.seed = optimizer, period, nested, checked_seed(seed)
         self.steps = 0
         self._active = None if active is None else shares(active, sizes)
@@ -118,18 +124,30 @@ class PrancTrainer:
                         alpha.grad[first:] = 0 if grad is None else grad
 
     def _step_active(self) -> None:
-        """The optimizer's step, undone for every coefficient that is not active."""
-        before: dict[str, tuple[Tensor, dict[str, Any]]] = {}
-        for state, alpha in self._alphas.items():
-            moments = {key: value.clone() for key, value in self._moments(alpha).items()}
-            before[state] = alpha.detach().clone(), moments
+        """The optimizer's step for the active coefficients: it sees the others as zeros without gradient; they are put back.
+
+        So what it keeps for them from a first step on is what it starts with (zeros, Rprop's step sizes).
+        """
+        before: dict[str, tuple[Tensor, Tensor | None, dict[str, Tensor]]] = {}
+        moving = {state: self.active(state) for state in self._alphas}
+        with torch.no_grad():
+            for state, alpha in self._alphas.items():
+                grad = None if alpha.grad is None else alpha.grad.clone()
+                moments = {key: value.clone() for key, value in self._moments(alpha).items()}
+                before[state] = alpha.detach().clone(), grad, moments
+                for tensor in (alpha, alpha.grad):
+                    if tensor is not None:
+                        tensor.masked_fill_(~moving[state], 0)
         self.optimizer.step()
         with torch.no_grad():
             for state, alpha in self._alphas.items():
-                moves, (values, moments) = self.active(state), before[state]
+                moves, (values, grad, moments) = moving[state], before[state]
                 alpha.copy_(torch.where(moves, alpha, values))
+                if grad is not None and alpha.grad is not None:
+                    alpha.grad.copy_(grad)
                 for key, value in self._moments(alpha).items():
-                    value.copy_(torch.where(moves, value, moments.get(key, torch.zeros_like(value))))
+                    if key in moments:
+                        value.copy_(torch.where(moves, value, moments[key]))
 
     def _moments(self, alpha: Tensor) -> dict[str, Tensor]:
         """What the optimizer keeps for every single coefficient."""

@@ -129,5 +129,8 @@ def _defer(graph: fx.Graph, generate: fx.Node, reasons: dict[fx.Node, str]) -> N
         handle.meta = {**generate.meta, REASONS: why}
         for user in others:
             user.replace_input_with(generate, handle)
+    for user in list(generate.users):  # a bias: one for each op, made when it is needed
+        with graph.inserting_before(user):
+            user.replace_input_with(generate, graph.node_copy(generate))
     if not generate.users:
         graph.erase_node(generate)

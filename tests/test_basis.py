@@ -17,7 +17,8 @@ from threads import threads
 from torch import Tensor
 
 from fxrpg import Pranc, basis
-from fxrpg.basis import LAWS, fixed_point
+from fxrpg.basis import LAWS
+from fxrpg.fixed_point import fixed_point
 from fxrpg.generator import View
 from fxrpg.hashing import COLUMN, ROW, crossed_words, random_words, words_at
 

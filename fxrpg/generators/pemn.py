@@ -54,6 +54,7 @@ class Pemn(Generator):
     per_layer: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in (("prototype", PROTOTYPES), ("values", VALUES), ("threshold", THRESHOLDS)):
             if getattr(self, name) not in allowed:
                 found = repr(getattr(self, name))
@@ -93,8 +94,8 @@ class Pemn(Generator):
     def scales(self, views: Sequence[View], deviations: Sequence[float]) -> tuple[float, list[float]]:
         """Kaiming's normal rule for ReLU, sqrt(2 / fan_in): of the largest weight, or each weight's own."""
         own = [math.sqrt(2 / view.fan_in) for view in views]
-        largest = own[max(range(len(views)), key=lambda i: views[i].count)]
-        return 1.0, own if self.per_layer else [largest] * len(views)
+        largest = max(range(len(views)), key=lambda i: (views[i].count, -views[i].tensor))
+        return 1.0, own if self.per_layer else [own[largest]] * len(views)
 
     def init_state(self, views: Sequence[View], unit: float) -> Tensor:
         """Scores of U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's Kaiming uniform."""
@@ -119,7 +120,10 @@ class Pemn(Generator):
         return (-(-math.prod(self.state_shape(view)) // 8),)
 
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
-        return view.from_logical(self.fixed_values(view, state.device).mul_(self.mask(state, view)).to(dtype))
+        # scores that are not finite are not hidden: what they drop is NaN
+        rest = (0 * state.detach()).sum(dtype=torch.float64) if state.is_floating_point() else 0.0
+        values = torch.where(self.mask(state, view), self.fixed_values(view, state.device), rest)
+        return view.from_logical(values.to(dtype))
 
     def reference(self, state: Tensor, view: View) -> Tensor:
         fixed = view.from_logical(self.fixed_values(view, state.device)).to(state.dtype)
@@ -178,9 +182,9 @@ class Pemn(Generator):
         return self._mask(scores)[first : first + view.count]
 
     def _mask(self, scores: Tensor) -> Tensor:
-        """Exactly round(keep * n) entries of largest magnitude: a selection, never a sort."""
+        """Exactly round(keep * n) entries of largest magnitude, NaN the largest of all: a selection, never a sort."""
         count = kept_of(self.keep, scores.numel())
-        sizes = scores.abs()
+        sizes = torch.nan_to_num(scores.abs(), nan=math.inf, posinf=math.inf)
         least = torch.topk(sizes, count, sorted=False).values.amin()  # not kthvalue: CUDA's is not deterministic
         mask = sizes > least
         ties = sizes == least

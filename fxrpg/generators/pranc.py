@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxrpg.basis import LAWS, fixed_point
+from fxrpg.basis import LAWS
 from fxrpg.errors import FxrpgError
+from fxrpg.fixed_point import fixed_point
 from fxrpg.generator import Generator, View
 from fxrpg.straight_through import straight_through
 
@@ -35,7 +36,8 @@ class Pranc(Generator):
             layer's bound, as in the authors' code), "normal" (near normal: sums of eight uniforms), "khatri_rao" (signs
             of rank one in each layer: one matrix product instead of a draw for every weight and vector).
         norms: generate the affine parameters of normalisation layers too (the paper; the authors' code trains them).
-        sparse: coefficients that are zero are pruned: they stay zero, and files do not store them.
+        sparse: coefficients that are zero are pruned: they stay zero, and files do not store them. `fxrpg.truncate` and
+            `fxrpg.prune` set it; a model that starts with it has but one coefficient to train.
     """
 
     method: ClassVar[str] = "pranc"
@@ -46,7 +48,8 @@ class Pranc(Generator):
     sparse: bool = False
 
     def __post_init__(self) -> None:
-        if self.law not in LAWS:
+        super().__post_init__()
+        if self.law not in tuple(LAWS):
             raise FxrpgError("Pranc(law=...)", f"must be one of {tuple(LAWS)}", repr(self.law), "Pass one of them.")
 
     @property
@@ -71,20 +74,26 @@ class Pranc(Generator):
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
         law = LAWS[self.law]
         limbs, weights = fixed_point(state.detach(), law.bits)
-        total, *parts = (law.combine(limbs, view) * weights).flip(0)
-        for part in parts:  # the smallest first, in one order everywhere
-            total = total + part
-        return view.from_logical((total / law.deviation).to(dtype))
+        values = torch.empty(view.count, dtype=dtype, device=state.device)
+        first = 0
+        for sums in law.combine(limbs, view):
+            total, *parts = (sums * weights).flip(0)
+            for part in parts:  # the smallest first, in one order everywhere
+                total = total + part
+            values[first : first + len(total)] = total / law.deviation
+            first += len(total)
+        return view.from_logical(values)
 
     def reference(self, state: Tensor, view: View) -> Tensor:
         law = LAWS[self.law]
         basis = law.vectors(view, view.size, state.device) / law.deviation
-        smooth = view.from_logical(state.to(torch.float64) @ basis).to(state.dtype)
+        live = state * (state.detach() != 0) if self.sparse else state
+        smooth = view.from_logical(live.to(torch.float64) @ basis).to(state.dtype)
         return straight_through(self.materialize(state, view, state.dtype), smooth)
 
     def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
         law = LAWS[self.law]
-        found = law.project(view.to_logical(grad).to(torch.float64), view, view.size) / law.deviation
+        found = law.project(view.to_logical(grad), view, view.size) / law.deviation
         return (found * (state != 0) if self.sparse else found).to(grad.dtype)
 
     def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View, rounded
+from fxrpg.generator import Generator, View
 from fxrpg.hashing import CELL, INIT, PERMUTE, SIGN, Bijection, near_normal, random_words, words_at
-from fxrpg.packing import codes_of, pack_quantised, packed_size, read_quantised, spread, steps_of
+from fxrpg.packing import codes_of, pack_quantised, packed_size, read_quantised, rounded, spread, steps_of
+from fxrpg.straight_through import straight_through
 
 BLOCKS = (1, 8, 16, 32, 64)
 LAYOUTS = ("arc", "shuffle", "block_diagonal", "hash")
@@ -60,6 +61,7 @@ class Ring(Generator):
     sparse: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.block) is not int or self.block not in BLOCKS:
             raise FxrpgError("Ring(block=...)", f"must be one of {BLOCKS}", repr(self.block), "Pass one of them.")
         if self.layout not in LAYOUTS:
@@ -79,6 +81,10 @@ class Ring(Generator):
         if type(self.bits_block) is not int or self.bits_block < 0:
             fix = "Pass such as 64."
             raise FxrpgError("Ring(bits_block=...)", "must be an int of 0 or more", repr(self.bits_block), fix)
+
+    @property
+    def granule(self) -> int:
+        return self.block
 
     def state_size(self, dof: int | float, shapes: Sequence[tuple[int, ...]]) -> int:
         """An int is taken exactly; a fraction rounds to the nearest whole number of blocks that fits."""
@@ -131,7 +137,8 @@ class Ring(Generator):
         read = self._gathered(ring, view)
         if self.sparse:
             state = state * (state.detach() != 0)
-        state = state + (self._rounded(state.detach()) - state.detach()) if self.bits else state
+        if self.bits:
+            state = straight_through(self._rounded(state.detach()), state)
         return state[read.abs().long() - 1] * read.sign().to(state.dtype)
 
     def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
