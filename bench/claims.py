@@ -238,7 +238,7 @@ CLAIMS = (
     Claim("reflection only > neither", "ring, reflection only", "ring, neither"),
     Claim("blocks of 32 cost nothing", "ring", "ring, element-wise"),
     Claim("one ring >= one a stage, at the same DoF", "ring", "ring, one a stage"),
-    Claim("ring >= hashing", "ring", "ring, hashed"),
+    Claim("ring >= hashing, both element-wise", "ring, element-wise", "ring, hashed"),
     Claim("ring > dense with as many parameters", "ring", "dense ResNet, as many parameters"),
     Claim("recurrence: own norms > shared", "recurrence, same weights, own norms", "recurrence, same weights, shared norms"),
     Claim("recurrence: own views > same weights", "recurrence, own views, own norms", "recurrence, same weights, own norms"),

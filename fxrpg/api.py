@@ -39,12 +39,15 @@ def transform(
     standard deviation that they have in `model`, or with their layer's default where they have none (constants, zeros,
     the meta device). Initialise, load or tie weights before: generated ones are read-only.
 
+    By default a ring takes all conv and linear weights but those of the first and the last such layer, PRANC all of them
+    and their biases, PEMN all of them; `plan` says otherwise.
+
     Args:
         model: any module; on the meta device too.
         dof: degrees of freedom. An int is exact (so is a whole float above 1); a float in (0, 1] is a fraction of the
             generated weights: 1 is a single number, 1.0 as many as there are weights. For "pemn" see `fxrpg.Pemn`. With
-            several scopes an int is split by share of weights, a fraction holds for each, and a dict (scope's name ->
-            size) gives each its own.
+            several scopes an int is split by share of weights (rings in whole blocks), a fraction holds for each, and a
+            dict (scope's name -> size; "" is what belongs to no scope) gives each its own.
         method: "ring", "pranc", "pemn", or settings such as `fxrpg.Ring(block=1, layout="shuffle")`.
         scope: which weights share a state: "model"; "stage", "block" or "position" (of repeated blocks), "layer"; or a
             function from a parameter's name to its scope's name. See `fxrpg.scopes.scoping_of`.

@@ -57,7 +57,8 @@ def prune_channels(model: nn.Module, amount: float) -> nn.Module:
         for path in readers:
             left[path] = left.get(path, ((), ()))[0], _inputs(modules[path], modules[producer], kept, len(norms))
     if not left:
-        fix = "Use fxrpg.prune, which zeroes single numbers."
+        fix = "Use fxrpg.prune, which zeroes single numbers. (torch.fx does not look into layers of torch.nn such as a "
+        fix += "TransformerEncoderLayer, and shared layers stay whole.)"
         raise FxrpgError("prune_channels", "needs layers whose outputs only other layers read", "none", fix)
     result = copy_module(model)
     narrow_modules(result, left)

@@ -171,6 +171,7 @@ def _setting(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, found {text!r}")
+    value = {"true": "True", "false": "False"}.get(value, value)
     with contextlib.suppress(
         ValueError, SyntaxError, RecursionError, MemoryError
     ):  # the last two where it nests too deep
@@ -258,7 +259,7 @@ def _info(arguments: argparse.Namespace) -> None:
         methods = []
         for i, scope in enumerate(plan.scopes):
             dof, generated = _counts(contents, plan, {i})
-            name = _one_line(f"scope {scope.name}".rstrip())
+            name = _one_line(f"scope {scope.name or '(rest)'}")
             methods.append([name, f"{_method(scope)}, {dof} degrees of freedom, {generated}"])
     dof, generated = _counts(contents, plan, set(range(len(plan.scopes))))
     rows = [
@@ -273,11 +274,18 @@ def _info(arguments: argparse.Namespace) -> None:
     ]
     print(tabulate(rows, disable_numparse=True))
     print()
+    several = len(plan.scopes) > 1
     table = [
-        [_one_line(row["name"]), "x".join(map(str, row["shape"])), row["offset"], f"{row['scale']:.6g}"]
+        [
+            _one_line(row["name"]),
+            "x".join(map(str, row["shape"])),
+            *[_one_line(plan.scopes[row["scope"]].name or "(rest)")] * several,
+            row["offset"],
+            f"{row['scale']:.6f}",
+        ]
         for row in fields["table"]
     ]
-    print(tabulate(table, ["weight", "shape", "offset", "scale"]))
+    print(tabulate(table, ["weight", "shape", *["scope"] * several, "offset", "scale"], floatfmt=".6g"))
 
 
 def _method(scope: Scope) -> str:
@@ -313,7 +321,7 @@ def _pack(arguments: argparse.Namespace) -> None:
         _load_weights(model, weights, arguments.weights)
         fitted = fit(_transform(model, arguments), model)
         small = fitted.model
-        print(f"projected {arguments.weights}: {fitted}; train before use")
+        print(f"projected {arguments.weights}: {fitted}")
     small = freeze(small) if arguments.freeze else small
     checkpoint.save(small, arguments.out, withhold_seed=arguments.withhold_seed)
     print(ledger(small))

@@ -94,33 +94,44 @@ def prune(model: nn.Module, amount: float) -> nn.Module:
 
 
 def truncate(model: nn.Module, k: int, *, order: str = "magnitude") -> nn.Module:
-    """A copy of a PRANC `model` reconstructed from k of its coefficients.
+    """A copy of a PRANC `model` reconstructed from k of its coefficients; other methods' weights stay.
 
     Args:
         model: the result of `transform` with PRANC.
         k: how many; with several scopes each keeps its share.
-        order: "magnitude" keeps the largest (the paper's sorted prefix; which they are is stored, one bit each), "index"
-            the first k, as if the model had been transformed with dof=k.
+        order: "magnitude" keeps the largest (the paper's sorted prefix; which they are is stored, one bit each): a smaller
+            file, as many draws; "index" the first k, as if the model had been transformed with dof=k: fewer draws too.
 
     Raises:
-        FxrpgError: `model` is not transformed or no PRANC model; k is out of range; an unknown order.
+        FxrpgError: `model` is not transformed or has no PRANC basis; k is out of range; an unknown order.
     """
     plan = plan_of(model)
-    methods = _methods(plan)
-    if methods != ["pranc"]:
+    bases = {scope.state: scope.size for scope in plan.scopes if scope.generator.method == "pranc"}
+    if not bases:
         fix = "Of a ring, use fxrpg.prune."
-        raise FxrpgError("truncate", "needs a PRANC model", f"the method {', '.join(methods)!r}", fix)
-    if isinstance(k, bool) or not isinstance(k, int) or not len(plan.scopes) <= k <= plan.size:
-        must = f"must be an int in [{len(plan.scopes)}, {plan.size}], the coefficients there are"
+        raise FxrpgError("truncate", "needs a PRANC basis", f"the method {', '.join(_methods(plan))!r}", fix)
+    whole = isinstance(k, int) and not isinstance(k, bool)
+    if not whole or not len(bases) <= k <= sum(bases.values()):
+        must = f"must be an int in [{len(bases)}, {sum(bases.values())}], the coefficients there are"
         raise FxrpgError("truncate, k", must, repr(k), "Pass fewer coefficients than the model has.")
     if order not in ORDERS:
         raise FxrpgError("truncate, order", f"must be one of {ORDERS}", repr(order), "Pass one of them.")
-    sizes = shares(k, {scope.state: scope.size for scope in plan.scopes})
-    if order == "magnitude":
-        new = plan.with_scopes(lambda scope: dataclasses.replace(scope, generator=scope.generator.pruned()))
-        return _rebuilt(model, new, lambda state, scope, view: _largest(state, sizes[scope.state]))
-    new = plan.with_scopes(lambda scope: dataclasses.replace(scope, size=sizes[scope.state]))
-    return _rebuilt(model, new, lambda state, scope, view: state[: sizes[scope.state]].clone())
+    sizes = shares(k, bases)
+
+    def settings(scope: Scope) -> Scope:
+        if scope.state not in sizes:
+            return scope
+        if order == "magnitude":
+            return dataclasses.replace(scope, generator=scope.generator.pruned())
+        return dataclasses.replace(scope, size=sizes[scope.state])
+
+    def cut(state: Tensor, scope: Scope, view: View) -> Tensor:
+        size = sizes.get(scope.state)
+        if size is None:
+            return state
+        return _largest(state, size) if order == "magnitude" else state[:size].clone()
+
+    return _rebuilt(model, plan.with_scopes(settings), cut)
 
 
 def _with_settings(plan: Plan, change: Callable[[Generator], Generator], setting: str) -> Plan:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxrpg.assemble import plan_of, views_in
 from fxrpg.checkpoint import file_size
+from fxrpg.header import pruned_states
 from fxrpg.owner import DIGEST, SCALE, tensor_at
 from fxrpg.plan import Plan
 
@@ -51,11 +52,11 @@ class Ledger:
 
     def __str__(self) -> str:
         rows = [
-            ["degrees of freedom", self.dof, f"{self.ratio:.4f} generated weights each"],
+            ["degrees of freedom", self.dof, f"{self.ratio:,.4f} generated weights each"],
             ["generated weights", self.generated, "never stored"],
             ["dense parameters", self.dense, f"{self.frozen:,} of them frozen" if self.frozen else ""],
-            ["trainable in all", self.trainable, "states + dense"],
-            ["mask bits", self.mask_bits, ""],
+            ["trainable in all", self.trainable, "numbers with a gradient: states, for masks their scores, and dense"],
+            ["mask bits", self.mask_bits, "what masks come to once they are frozen" if self.mask_bits else ""],
             ["scales", self.scales, "fixed, one a weight tensor"],
             ["buffers", self.buffers, "numbers in the model's own buffers"],
             ["padding", self.padding, "unused positions at the ends of last blocks"],
@@ -84,7 +85,7 @@ def ledger(model: nn.Module) -> Ledger:
         dof=_dof(model, plan),
         generated=sum(view.count for view in views_in(model).values()),
         dense=dense,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad) - _pruned(model, plan),
         frozen=frozen,
         mask_bits=sum(view.count for view in masked),
         scales=len(plan.views),
@@ -97,9 +98,10 @@ def ledger(model: nn.Module) -> Ledger:
 
 def _dof(model: nn.Module, plan: Plan) -> int:
     """Degrees of freedom, of a pruned state those that are left."""
-    dof = sum(scope.size for scope in plan.scopes if scope.frozen or not scope.generator.sparse)
-    for state, (name, *_) in plan.states.items():
-        if plan.scope(name).generator.sparse and not plan.scope(name).frozen:
-            held = tensor_at(model, state)
-            dof += plan.scope(name).size if held.is_meta else int((held != 0).sum())
-    return dof
+    return sum(scope.size for scope in plan.scopes) - _pruned(model, plan)
+
+
+def _pruned(model: nn.Module, plan: Plan) -> int:
+    """Numbers of pruned states that are zero for good."""
+    held = [tensor_at(model, state) for state in pruned_states(plan)]
+    return sum(int((state == 0).sum()) for state in held if not state.is_meta)

@@ -213,7 +213,8 @@ def choose(
         if rule:
             outcomes[rule].append(outcome)
         if isinstance(outcome, Role):
-            chosen.append(Choice(candidate, outcome, method, rule if rule and rule.own_state else None))
+            apart = rule is not None and (rule.dof is not None or rule.scope is not None or method != generator)
+            chosen.append(Choice(candidate, outcome, method, rule if apart else None))
         else:
             dense[candidate.name] = outcome
     for rule in rules:

@@ -29,7 +29,8 @@ class Rule:
             model (all its parameters), or a function (name, parameter) -> bool.
         action: "generate" (any eligible weight; with a plain name, any trainable parameter of two or more dimensions),
             "dense", or a method: its name, or settings such as `fxrpg.Ring(block=1)`.
-        dof: degrees of freedom of the parameters that this rule decides about, which then share a state of their own.
+        dof: degrees of freedom of the parameters that this rule decides about, which then share a state of their own. A rule
+            with another method than the rest of the model needs it, or a fraction as the model's `dof`.
         scope: which of them share one, as in `transform`; they then have states of their own.
     """
 
@@ -60,11 +61,6 @@ class Rule:
     def generator(self) -> Generator | None:
         """The method that the rule names, if it names one."""
         return None if self.action in (GENERATE, DENSE) else generator_from(self.action)
-
-    @property
-    def own_state(self) -> bool:
-        """Whether what the rule generates is kept apart from the rest of the model."""
-        return self.generator is not None or self.dof is not None or self.scope is not None
 
     def matches(self, name: str, parameter: Tensor) -> bool:
         """Whether the rule decides about the parameter called `name`."""

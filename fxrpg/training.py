@@ -65,7 +65,8 @@ class PrancTrainer:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         trained = [alpha for alpha in self._alphas.values() if id(alpha) in held and alpha.requires_grad]
         if not sizes or len(trained) < len(sizes):
-            found = "frozen ones, or an optimizer without them" if sizes else "no coefficients"
+            held_all = all(id(alpha) in held for alpha in self._alphas.values())
+            found = "no coefficients" if not sizes else "frozen ones" if held_all else "an optimizer without them"
             fix = "Transform with method='pranc', and pass the coefficients to the optimizer."
             raise FxrpgError("PrancTrainer", "needs a PRANC model and an optimizer of its coefficients", found, fix)
         if active is not None:
@@ -79,6 +80,9 @@ class PrancTrainer:
 
     def step(self, loss: Callable[[], Tensor]) -> Tensor:
         """One step on `loss`, a function that runs the model and returns the loss. Returns the loss before it, detached."""
+        if not callable(loss):
+            fix = "Write trainer.step(lambda: loss_of(model(x), y))."
+            raise FxrpgError("PrancTrainer.step", "needs a function that returns the loss", type(loss).__name__, fix)
         self.optimizer.zero_grad()
         value = loss()
         value.backward()
@@ -158,5 +162,6 @@ class PrancTrainer:
 def _check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not least <= value <= (most or value):
-        must = f"must be an int in [{least}, {most}]" if most else f"must be an int of {least} or more"
+        each = ", one or more for each scope" if name == "active" and least > 1 else ""
+        must = f"must be an int in [{least}, {most}]{each}" if most else f"must be an int of {least} or more"
         raise FxrpgError(f"PrancTrainer, {name}", must, repr(value), "Pass one.")

@@ -20,6 +20,7 @@ from models import resnet18
 from torch import nn
 
 import fxrpg
+from fxrpg import FxrpgError
 from fxrpg.assemble import plan_of
 from fxrpg.generators.ring import Ring
 
@@ -490,3 +491,45 @@ def test_transform_does_not_copy_the_weights_it_drops():
 
     model = resnet18()
     assert peak_bytes(lambda: fxrpg.transform(model, dof=10_000)) < 4 * 11_157_504
+
+
+@pytest.mark.parametrize(
+    "dof", [np.True_, np.complex64(3), np.array([3]), torch.tensor([1, 2]), 10**400, "3", [3]], ids=repr
+)
+def test_a_dof_that_is_no_number_in_range_is_refused(dof):
+    with pytest.raises(FxrpgError, match="dof"):
+        fxrpg.transform(nn.Linear(4, 4), dof=dof, plan=[fxrpg.Rule("*", "generate")])
+
+
+@pytest.mark.parametrize(
+    ("dof", "size"), [(np.int64(3), 3), (np.float32(0.5), 8), (np.float64(1.0), 16), (3.0, 3)], ids=repr
+)
+def test_a_dof_may_be_any_real_number(dof, size):
+    small = fxrpg.transform(nn.Linear(4, 4), dof=dof, method=fxrpg.Ring(block=1), plan=[fxrpg.Rule("*", "generate")])
+    assert small.fxrpg_ring.shape == (size,)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value"),
+    [(fxrpg.Ring, "permute", "no"), (fxrpg.Ring, "reflect", 0), (fxrpg.Ring, "sparse", 1), (fxrpg.Pranc, "norms", 1),
+     (fxrpg.Pranc, "sparse", "no"), (fxrpg.Pemn, "permuted", "no"), (fxrpg.Pemn, "per_layer", None)],
+)  # fmt: skip
+def test_switches_are_true_or_false(method, setting, value):
+    with pytest.raises(FxrpgError, match=rf"{method.__name__}\({setting}=...\): must be True or False"):
+        method(**{setting: value})
+
+
+@pytest.mark.parametrize("plan", [None, 5, "*"])
+def test_a_plan_must_hold_rules(plan):
+    with pytest.raises(FxrpgError, match="must hold fxrpg.Rule objects"):
+        fxrpg.transform(nn.Linear(4, 4), dof=3, plan=plan)
+
+
+def test_a_law_must_be_known_whatever_its_type():
+    with pytest.raises(FxrpgError, match=r"Pranc\(law=...\)"):
+        fxrpg.Pranc(law=[])
+
+
+def test_a_target_must_be_a_module():
+    with pytest.raises(FxrpgError, match="target must be a torch.nn.Module"):
+        fxrpg.fit(fxrpg.transform(nn.Linear(4, 4), dof=3, plan=[fxrpg.Rule("*", "generate")]), None)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxrpg
+from fxrpg import FxrpgError
 from fxrpg.assemble import plan_of, weight_of
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
@@ -524,3 +525,63 @@ def test_loading_into_another_architecture(name, tmp_path):
         fxrpg.FxrpgError, match=r"m.safetensors: .* must .* Pass a model of the architecture that was saved"
     ):
         fxrpg.load(OTHERS[name](), tmp_path / "m.safetensors")
+
+
+class Auxiliary(nn.Module):
+    """A head that only training reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.head, self.aux = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu()).relu()
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+class Mixing(nn.Module):
+    """Channels that only training mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.c(self.b(x.softmax(-1) if self.training else x).relu())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("make", "gone"), [(Auxiliary, {"a"}), (Mixing, {"b"})])
+def test_what_one_mode_reads_stays_in_both(make, gone, training):
+    model = make().train(training)
+    small = fxrpg.transform(model, dof=20, plan=[fxrpg.Rule("*", "generate")])
+    pruned = fxrpg.prune_channels(small, 0.5)
+    assert {path for path, (out, _) in pruned._fxrpg_plan.channels.items() if out} == gone
+    assert all(module.training is training for module in (*small.modules(), *pruned.modules()))
+    x = torch.randn(2, 3, 4, 4) if make is Auxiliary else torch.randn(2, 4)
+    pruned.train()(x)
+    pruned.eval()(x)
+
+
+def _hook(model):
+    model[1].register_forward_hook(lambda module, inputs, out: out.softmax(-1))
+
+
+def _pre_hook(model):
+    model[2].register_forward_pre_hook(lambda module, inputs: inputs)
+
+
+def _patch(model):
+    forward = model[0].forward
+    model[0].forward = lambda x: forward(x) * torch.arange(8.0)
+
+
+@pytest.mark.parametrize("look_on", [_hook, _pre_hook, _patch])
+def test_channels_that_a_hook_or_a_patched_forward_sees_stay(look_on):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    look_on(model)
+    small = fxrpg.transform(model, dof=20, plan=[fxrpg.Rule("*", "generate")])
+    with pytest.raises(FxrpgError, match="needs layers whose outputs only other layers read"):
+        fxrpg.prune_channels(small, 0.5)

@@ -406,6 +406,7 @@ def test_bad_model(command, spec, message, mistake):
         ("--seed", "-1", "seed: must be an int in [0, 2^64)"),
         ("--seed", str(1 << 64), "seed: must be an int in [0, 2^64)"),
         ("--rule", "fc", "argument --rule: must be PATTERN=ACTION, found 'fc'"),
+        ("--rule", "3.weight=ring:many", "argument --rule: must be a number, found 'many'"),
         ("--rule", "1.weight=delete", "the action must be one of ('generate', 'dense', 'pemn', 'pranc', 'ring')"),
         ("--rule", "fc.*=dense", "must match a parameter's name"),
         ("--rule", "=dense", "must match a parameter's name"),
@@ -580,3 +581,20 @@ def test_a_packed_file_is_no_checkpoint(mistake):
     pack()
     argv = ("pack", f"{MODULE}:Net", "--dof", 20, "--weights", "packed.safetensors", "--out", "out.safetensors")
     assert "packed.safetensors: must fit the model" in mistake(*argv)
+
+
+def test_a_rule_gives_a_method_and_its_size(run, folder):
+    run(
+        "pack",
+        f"{MODULE}:Net",
+        "--dof",
+        20,
+        "--rule",
+        "3.weight=pranc:4",
+        "--rule",
+        "1.*=generate",
+        "--out",
+        "m.safetensors",
+    )
+    scopes = {scope.name: (scope.generator.method, scope.size) for scope in checkpoint.verify("m.safetensors").scopes}
+    assert scopes == {"": ("ring", 20), "3.weight": ("pranc", 4)}

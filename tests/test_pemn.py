@@ -571,3 +571,36 @@ def test_a_model_is_fitted_to_itself_exactly():
 def test_misuse(call, message):
     with pytest.raises(FxrpgError, match=message):
         call()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("sequence", [True, False])
+def test_a_module_of_two_names_is_saved_with_one_mask(sequence, frozen, tmp_path):
+    def build():
+        layer = nn.Linear(6, 6)
+        return nn.Sequential(layer, nn.ReLU(), layer) if sequence else nn.ModuleDict({"z": layer, "a": layer})
+
+    small = fxrpg.transform(build(), dof=0.5, method="pemn")
+    small = fxrpg.freeze(small) if frozen else small
+    fxrpg.save(small, tmp_path / "m.safetensors")
+    loaded = fxrpg.load(build(), tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_size == fxrpg.ledger(small).bytes_stored
+    run = (lambda model: model) if sequence else (lambda model: model["a"])
+    x = torch.randn(3, 6)
+    assert torch.equal(run(loaded)(x), run(small)(x))
+    if not frozen:
+        run(loaded)(x).sum().backward()
+        scores = [p for name, p in loaded.named_parameters() if name.endswith("_score")]
+        assert len(scores) == 1
+        assert scores[0].grad is not None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("threshold", ["layer", "global"])
+def test_scores_that_are_not_finite_are_not_hidden(threshold, bad):
+    small = fxrpg.transform(nn.Linear(6, 6), dof=0.5, method=fxrpg.Pemn(threshold=threshold))
+    state = next(p for name, p in small.named_parameters() if "_score" in name)
+    state.detach().view(-1)[3] = bad
+    assert bool(small(torch.randn(2, 6)).isnan().all())
+    with pytest.raises(fxrpg.FxrpgError, match="needs finite numbers"):
+        fxrpg.freeze(small)

@@ -19,6 +19,7 @@ from paper_models import alexnet_cifar, convnet, lenet, resnet20, resnet56
 from threads import threads
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxrpg
@@ -617,3 +618,31 @@ def test_threads_change_no_weight():
         with threads(count):
             found.append([weight_of(model, name) for name in plan_of(model).views])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_graph_makes_each_bias_just_before_the_op_that_adds_it():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
+    graph = fxrpg.transform(torch.fx.symbolic_trace(model), dof=7, method="pranc")
+    made = list(graph.graph.find_nodes(op="call_function", target=torch.ops.fxrpg.generate.default))
+    assert len(made) == 3
+    for node in made:
+        assert list(node.users) == [node.next]
+        assert node.next.target is torch.ops.fxrpg.linear.default
+    x = torch.randn(3, 4)
+    assert torch.equal(graph(x), fxrpg.transform(model, dof=7, method="pranc")(x))
+
+
+def test_a_large_weight_costs_itself_and_a_chunk():
+    """In memory that torch allocates, beside the weight: no copy of it in float64, no table of all coefficients."""
+    view = View(
+        generator=fxrpg.Pranc(), seed=0, tensor=0, shape=(1024, 1024), order=(0, 1), offset=0, total=1 << 20, size=64
+    )
+    state = torch.randn(64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        weight = view.generator.materialize(state, view, torch.float32)
+    held = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    assert weight.nbytes <= most < weight.nbytes + 8 * 2**20

@@ -321,3 +321,27 @@ def test_models_and_optimizers_are_checked():
     model.fxrpg_alpha.requires_grad_(False)
     with pytest.raises(FxrpgError, match=f"{needs} frozen ones"):
         PrancTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_rprop_starts_resting_coefficients_with_its_own_step_size():
+    small = fxrpg.transform(nn.Linear(5, 6), dof=20, method="pranc")
+    optimizer = torch.optim.Rprop([small.fxrpg_alpha], lr=0.01)
+    trainer = fxrpg.PrancTrainer(small, optimizer, active=4)
+    x, resting = torch.randn(8, 5), ~trainer.active("fxrpg_alpha")
+    trainer.step(lambda: small(x).square().mean())
+    assert bool((optimizer.state[small.fxrpg_alpha]["step_size"][resting] == 0.01).all())
+
+
+@pytest.mark.parametrize("optimizer", [None, "adam", "lbfgs"])
+def test_an_optimizer_that_cannot_step_so_is_refused(optimizer):
+    small = fxrpg.transform(nn.Linear(5, 6), dof=20, method="pranc")
+    optimizer = torch.optim.LBFGS([small.fxrpg_alpha]) if optimizer == "lbfgs" else optimizer
+    with pytest.raises(fxrpg.FxrpgError, match="steps without a closure"):
+        fxrpg.PrancTrainer(small, optimizer)
+
+
+@pytest.mark.parametrize("nested", ["no", 1, None])
+def test_nested_is_a_switch(nested):
+    small = fxrpg.transform(nn.Linear(5, 6), dof=20, method="pranc")
+    with pytest.raises(fxrpg.FxrpgError, match="must be True or False"):
+        fxrpg.PrancTrainer(small, torch.optim.SGD(small.parameters(), lr=1.0), nested=nested)

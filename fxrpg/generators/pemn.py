@@ -35,8 +35,8 @@ class Pemn(Generator):
     of equal scores the first in logical order); its gradient passes straight through: d score = dw * value * sign(score).
 
     Args:
-        prototype: "random_padding" (RP; MP with dof=1.0), or "one_layer": a tensor of its own for each distinct shape,
-            without `dof`.
+        prototype: "random_padding" (the paper's RP, and MP with dof=1.0; dof=1 is a single value), or "one_layer" (its
+            one-layer form): a tensor of its own for each distinct shape, without `dof`.
         keep: fraction of the entries that a mask keeps, in (0, 1).
         values: "normal" (Kaiming normal, fan_in), or "signed_constant" (its deviation with random signs).
         permuted: one random permutation, shared by all weights, between elements and prototype values.

@@ -37,7 +37,7 @@ class Pranc(Generator):
             of rank one in each layer: one matrix product instead of a draw for every weight and vector).
         norms: generate the affine parameters of normalisation layers too (the paper; the authors' code trains them).
         sparse: coefficients that are zero are pruned: they stay zero, and files do not store them. `fxrpg.truncate` and
-            `fxrpg.prune` set it; a model that starts with it has but one coefficient to train.
+            `fxrpg.prune` set it; a model that starts with it can only ever train alpha_0, the one that is not zero.
     """
 
     method: ClassVar[str] = "pranc"
