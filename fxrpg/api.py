@@ -67,17 +67,10 @@ def transform(
     found = candidates(model, graph_roles(model) if isinstance(model, fx.GraphModule) else {})
     chosen, dense = choose(found, generator, rules)
     scopes, views, scope_of = lay_out(chosen, model, dof=dof, scope=scope, seed=checked_seed(seed))
-    resolved = Plan(
-        seed=checked_seed(seed),
-        scopes=scopes,
-        views=views,
-        scope_of=scope_of,
-        names={choice.candidate.name: choice.candidate.names for choice in chosen},
-        dense=dense,
-        rules=tuple(str(rule) for rule in rules),
-    )
-    for method in {scope.generator for scope in scopes}:
-        method.check([view for view in views.values() if view.generator == method])
+    for one in {scope.generator for scope in scopes}:
+        one.check([view for view in views.values() if view.generator == one])
+    names = {choice.candidate.name: choice.candidate.names for choice in chosen}
+    resolved = Plan(checked_seed(seed), scopes, views, scope_of, names, dense, tuple(map(str, rules)))
     states, scale = _initial(resolved, {choice.candidate.name: choice for choice in chosen})
     result = copy_without(model, [choice.candidate.parameter for choice in chosen])
     assemble(result, resolved, states, scale, strict)

@@ -496,3 +496,13 @@ def test_pruning_on_the_meta_device_knows_no_values():
     trained = fxrpg.prune(ring(), 0.5).eval()
     pruned.load_state_dict(trained.state_dict(), assign=True)
     assert torch.equal(pruned.eval()(X), trained(X))
+
+
+def test_pruning_a_mixed_model_leaves_its_masks():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    rules = [fxrpg.Rule("0.weight", fxrpg.Ring(), dof=32), fxrpg.Rule("1.*", fxrpg.Pranc(), dof=6)]
+    small = fxrpg.transform(model, dof=0.5, method="pemn", plan=rules)
+    small.fxrpg_alpha.detach().copy_(torch.linspace(1, 2, 6))
+    pruned = fxrpg.prune(small, 0.5)
+    assert [int((t == 0).sum()) for t in (pruned.fxrpg_ring, pruned.fxrpg_alpha)] == [16, 3]
+    assert torch.equal(pruned.get_parameter("2.weight_score"), small.get_parameter("2.weight_score"))

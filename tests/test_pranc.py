@@ -586,13 +586,9 @@ def test_k_is_checked(k, order):
     [
         (
             lambda: small(method="ring"),
-            "truncate: needs a PRANC model, found the method 'ring'. Of a ring, use fxrpg.prune",
+            "truncate: needs a PRANC basis, found the method 'ring'. Of a ring, use fxrpg.prune",
         ),
-        (lambda: small(method="pemn"), "truncate: needs a PRANC model, found the method 'pemn'"),
-        (
-            lambda: small(plan=[fxrpg.Rule("fc1.weight", "ring", dof=9)]),
-            "truncate: needs a PRANC model, found the method 'pranc, ring'",
-        ),
+        (lambda: small(method="pemn"), "truncate: needs a PRANC basis, found the method 'pemn'"),
         (Small, "must be a transformed model"),
     ],
 )
@@ -602,6 +598,16 @@ def test_only_bases_are_truncated(make, message):
     with pytest.raises(FxrpgError, match=message):
         fxrpg.truncate(model, 5)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("order", ["magnitude", "index"])
+def test_only_the_bases_of_a_mixed_model_are_truncated(order):
+    model = small(plan=[fxrpg.Rule("fc1.weight", "ring", dof=9)])
+    model.fxrpg_alpha.detach().copy_(torch.linspace(-1, 2, len(model.fxrpg_alpha)))
+    cut = fxrpg.truncate(model, 5, order=order)
+    assert torch.equal(cut.fxrpg_ring, model.fxrpg_ring)
+    assert torch.equal(weight_of(cut, "fc1.weight"), weight_of(model, "fc1.weight"))
+    assert fxrpg.ledger(cut).dof == 9 + 5
 
 
 def test_order_is_checked():

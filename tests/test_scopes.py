@@ -473,3 +473,10 @@ def test_each_stack_reads_every_cell():
         for layer in (stack.down, stack.across, stack.up):
             (layer.weight / layer.weight.detach()).sum().backward()  # a one for each use of a cell
         torch.testing.assert_close(ring.grad, torch.ones_like(ring))
+
+
+def test_a_rule_of_the_models_own_method_shares_its_state():
+    small = fxrpg.transform(net(), dof=30, method="pranc", plan=[fxrpg.Rule("layer1.*", "pranc")])
+    assert [(scope.name, scope.size) for scope in plan_of(small).scopes] == [("", 30)]
+    apart = fxrpg.transform(net(), dof=30, method="pranc", plan=[fxrpg.Rule("layer1.*", "pranc", dof=4)])
+    assert sorted(scope.size for scope in plan_of(apart).scopes) == [4, 30]

@@ -308,7 +308,7 @@ def test_settings_are_checked(settings, message):
 
 def test_models_and_optimizers_are_checked():
     model, needs = model_of(), "PrancTrainer: needs a PRANC model and an optimizer of its coefficients, found"
-    with pytest.raises(FxrpgError, match=f"{needs} frozen ones, or an optimizer without them"):
+    with pytest.raises(FxrpgError, match=f"{needs} an optimizer without them"):
         PrancTrainer(model, torch.optim.SGD(model[1].parameters(), lr=0.1))
     for method in ("ring", "pemn"):
         other = fxrpg.transform(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)), dof=5, method=method)
@@ -345,3 +345,10 @@ def test_nested_is_a_switch(nested):
     small = fxrpg.transform(nn.Linear(5, 6), dof=20, method="pranc")
     with pytest.raises(fxrpg.FxrpgError, match="must be True or False"):
         fxrpg.PrancTrainer(small, torch.optim.SGD(small.parameters(), lr=1.0), nested=nested)
+
+
+def test_a_loss_in_the_place_of_a_function_is_refused():
+    small = fxrpg.transform(nn.Linear(5, 6), dof=20, method="pranc")
+    trainer = fxrpg.PrancTrainer(small, torch.optim.SGD(small.parameters(), lr=1.0))
+    with pytest.raises(fxrpg.FxrpgError, match="needs a function that returns the loss, found Tensor"):
+        trainer.step(small(torch.randn(2, 5)).sum())
