@@ -210,7 +210,8 @@ def test_info_tells_one_line_a_scope(run):
     lines = [" ".join(line.split()) for line in run("info", "packed.safetensors").splitlines()]
     assert [line for line in lines if line.startswith(("scope", "method", "degrees", "generated"))] == [
         "scope 0.weight pranc (law=rademacher), 3 degrees of freedom, 40 in 1 tensors (13.33 each)",
-        "scope (rest) ring (block=32, layout=arc, permute=True, reflect=True), 20 degrees of freedom, 64 in 1 tensors (3.20 each)",
+        "scope (rest) ring (block=32, layout=arc, permute=True, reflect=True), "
+        "20 degrees of freedom, 64 in 1 tensors (3.20 each)",
         "scope 3.weight pemn (prototype=random_padding, keep=0.25, values=normal, threshold=layer), "
         "13 degrees of freedom, 24 in 1 tensors (1.85 each)",
         "degrees of freedom 36",
