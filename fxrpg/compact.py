@@ -35,15 +35,18 @@ def freeze(model: nn.Module) -> nn.Module:
         fix = "Save the model as it is; of a ring, freeze what fxrpg.quantize returns."
         raise FxrpgError("freeze", "needs a mask or a quantised ring", found, fix)
 
+    for state in states_in(model):
+        held = tensor_at(model, state)
+        if not held.is_meta and not bool(torch.isfinite(held).all()):
+            fix = "Freeze a model from before it diverged."
+            raise FxrpgError(f"freeze, {state}", "needs finite numbers", "NaN or infinity", fix)
+
     def change(scope: Scope) -> Scope:
         if not scope.generator.freezes or scope.frozen:
             return scope
         return dataclasses.replace(scope, frozen=True, state=scope.generator.frozen_name(scope.state))
 
     def packed(state: Tensor, scope: Scope, view: View) -> Tensor:
-        if not state.is_meta and not bool(torch.isfinite(state).all()):
-            fix = "Freeze a model from before it diverged."
-            raise FxrpgError("freeze", "needs finite numbers", f"NaN or infinity in {scope.state!r}", fix)
         return scope.generator.freeze(state, view) if scope.generator.freezes and not scope.frozen else state
 
     result = _rebuilt(model, plan.with_scopes(change), packed)
