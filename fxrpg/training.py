@@ -142,16 +142,23 @@ class PrancTrainer:
                 for tensor in (alpha, alpha.grad):
                     if tensor is not None:
                         tensor.masked_fill_(~moving[state], 0)
-        self.optimizer.step()
-        with torch.no_grad():
+        try:
+            self.optimizer.step()
+        finally:
             for state, alpha in self._alphas.items():
-                moves, (values, grad, moments) = moving[state], before[state]
-                alpha.copy_(torch.where(moves, alpha, values))
-                if grad is not None and alpha.grad is not None:
-                    alpha.grad.copy_(grad)
-                for key, value in self._moments(alpha).items():
-                    if key in moments:
-                        value.copy_(torch.where(moves, value, moments[key]))
+                self._put_back(alpha, moving[state], *before[state])
+
+    @torch.no_grad()
+    def _put_back(
+        self, alpha: Tensor, moves: Tensor, values: Tensor, grad: Tensor | None, moments: dict[str, Tensor]
+    ) -> None:
+        """Give resting coefficients what they and the optimizer's state had before, and all their gradients."""
+        alpha.copy_(torch.where(moves, alpha, values))
+        if grad is not None and alpha.grad is not None:
+            alpha.grad.copy_(grad)
+        for key, value in self._moments(alpha).items():
+            if key in moments:
+                value.copy_(torch.where(moves, value, moments[key]))
 
     def _moments(self, alpha: Tensor) -> dict[str, Tensor]:
         """What the optimizer keeps for every single coefficient."""

@@ -352,3 +352,20 @@ def test_a_loss_in_the_place_of_a_function_is_refused():
     trainer = fxrpg.PrancTrainer(small, torch.optim.SGD(small.parameters(), lr=1.0))
     with pytest.raises(fxrpg.FxrpgError, match="needs a function that returns the loss, found Tensor"):
         trainer.step(small(torch.randn(2, 5)).sum())
+
+
+def test_a_step_that_fails_loses_no_coefficient():
+    small = fxrpg.transform(nn.Linear(5, 6), dof=20, method="pranc")
+    small.fxrpg_alpha.detach().copy_(torch.linspace(1, 2, 20))
+    optimizer = torch.optim.SGD([small.fxrpg_alpha], lr=1.0)
+    trainer = fxrpg.PrancTrainer(small, optimizer, active=4)
+
+    def fail(*_):
+        raise RuntimeError("no step")
+
+    optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no step"):
+        trainer.step(lambda: small(torch.ones(2, 5)).square().mean())
+    resting = ~trainer.active("fxrpg_alpha")
+    assert torch.equal(small.fxrpg_alpha[resting], torch.linspace(1, 2, 20)[resting])
+    assert trainer.steps == 0
