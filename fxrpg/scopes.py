@@ -63,8 +63,8 @@ def _groups(chosen: Sequence[Choice], model: nn.Module, scope: Scoping) -> dict[
     for choice in chosen:
         rule = choice.rule
         if rule not in scopings:
-            own = rule is not None and rule.scope is not None
-            scopings[rule] = scoping_of(model, rule.scope if rule and own else "model" if rule else scope)  # type: ignore[arg-type]
+            wanted = scope if rule is None else "model" if rule.scope is None else rule.scope
+            scopings[rule] = scoping_of(model, wanted)
         name = scopings[rule](choice.candidate.name)
         if not isinstance(name, str):
             must, fix = "the function must return a scope's name, a string", 'Return "" for weights of no scope.'
