@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from fxrpg import demo
+from fxrpg.demo import Block
+
 SPLIT = slice(1000), slice(1000, None)
 """Which of the 1,797 digits, in the fixed order, make training images, and which test images."""
 
@@ -86,11 +89,8 @@ def _task(name: str, parts: Sequence[tuple[Tensor, Tensor]], **rest: Any) -> Tas
 
 def _digits() -> tuple[Tensor, Tensor]:
     """Ink, float32 [1797, 1, 8, 8] from 0 to 1, and digits, int64 [1797]; always in one order."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=Generator().manual_seed(0))
-    return torch.tensor(data.images, dtype=torch.float32)[order, None] / 16, torch.tensor(data.target)[order]
+    images, labels = demo.digits()
+    return (images + 1) / 2, labels
 
 
 def shift_by(pixels: int, *, paper: float | None) -> Augment:
@@ -172,24 +172,6 @@ def _pixels() -> tuple[Tensor, Tensor]:
     """Coordinates x [1, SIDE] and y [SIDE, 1] of the pixel centres, from -1 to 1."""
     centres = (torch.arange(SIDE) + 0.5) * (2 / SIDE) - 1
     return centres[None, :], centres[:, None]
-
-
-class Block(nn.Module):
-    """A residual block of two 3x3 convolutions, [n, width_in, h, w] to [n, width, h / stride, w / stride]."""
-
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or width_in != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self.shortcut(x))
 
 
 class Residual(nn.Sequential):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,28 +29,23 @@ def freeze(model: nn.Module) -> nn.Module:
         FxrpgError: `model` is not transformed, or has no state to freeze.
     """
     plan = plan_of(model)
-    chosen = [scope.generator.freezes and not scope.frozen for scope in plan.scopes]
-    if not any(chosen):
+    chosen = [state for state, (name, *_) in states_in(model).items() if _can_freeze(plan.scope(name))]
+    if not chosen:
         found = "a frozen one" if any(scope.frozen for scope in plan.scopes) else ", ".join(_methods(plan))
         fix = "Save the model as it is; of a ring, freeze what fxrpg.quantize returns."
         raise FxrpgError("freeze", "needs a mask or a quantised ring", found, fix)
-
-    for state in states_in(model):
-        held = tensor_at(model, state)
-        if not held.is_meta and not bool(torch.isfinite(held).all()):
-            fix = "Freeze a model from before it diverged."
-            raise FxrpgError(f"freeze, {state}", "needs finite numbers", "NaN or infinity", fix)
+    dtype = _one_dtype(model, chosen)
 
     def change(scope: Scope) -> Scope:
-        if not scope.generator.freezes or scope.frozen:
+        if not _can_freeze(scope):
             return scope
         return dataclasses.replace(scope, frozen=True, state=scope.generator.frozen_name(scope.state))
 
     def packed(state: Tensor, scope: Scope, view: View) -> Tensor:
-        return scope.generator.freeze(state, view) if scope.generator.freezes and not scope.frozen else state
+        return scope.generator.freeze(state, view) if _can_freeze(scope) else state
 
     result = _rebuilt(model, plan.with_scopes(change), packed)
-    result._buffers[SCALE] = result.get_buffer(SCALE).to(_frozen_dtype(model, plan))
+    result._buffers[SCALE] = result.get_buffer(SCALE).to(dtype)
     return result
 
 
@@ -159,19 +154,26 @@ def _rebuilt(
     for name, (first, *_) in states_in(result).items():
         old: Any = tensor_at(result, name)
         new = change(old.detach(), before.scope(first), before.views[first].whole)
-        if new is not old and (new.dtype, new.shape, new.data_ptr()) != (old.dtype, old.shape, old.data_ptr()):
-            take_state(result, name)
-            put_state(result, plan.state_of(first), new)
-            if isinstance(old, nn.Parameter) and new.is_floating_point():
-                tensor_at(result, plan.state_of(first)).requires_grad_(old.requires_grad)
+        take_state(result, name)
+        put_state(result, plan.state_of(first), new)
+        if new.is_floating_point():
+            tensor_at(result, plan.state_of(first)).requires_grad_(old.requires_grad)
     replan(result, plan)
     return result
 
 
-def _frozen_dtype(model: nn.Module, plan: Plan) -> torch.dtype:
-    """The one type of the weights whose states can be frozen: bytes do not tell it."""
-    states = [state for state, (name, *_) in states_in(model).items() if plan.scope(name).generator.freezes]
-    dtypes = {tensor_at(model, state).dtype for state in states}
+def _can_freeze(scope: Scope) -> bool:
+    return scope.generator.freezes and not scope.frozen
+
+
+def _one_dtype(model: nn.Module, states: Sequence[str]) -> torch.dtype:
+    """The one type of states that are to be frozen, bytes not telling it. Raises FxrpgError if they have several, or NaN."""
+    held = {state: tensor_at(model, state) for state in states}
+    for state, tensor in held.items():
+        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            fix = "Freeze a model from before it diverged."
+            raise FxrpgError(f"freeze, {state}", "needs finite numbers", "NaN or infinity", fix)
+    dtypes = {tensor.dtype for tensor in held.values()}
     if len(dtypes) > 1:
         found = ", ".join(sorted(map(str, dtypes)))
         raise FxrpgError("freeze", "needs weights of one type where they are frozen", found, "Cast the model first.")

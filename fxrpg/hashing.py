@@ -34,11 +34,18 @@ def _signed(word: int) -> int:
 
 def mix32(h: Tensor) -> Tensor:
     """A 32-bit mixing bijection on every element of an int32 tensor (the bits of a uint32)."""
-    h = h ^ (h >> 16 & 0xFFFF)  # int32 shifts carry the sign bit in: mask it away
-    h = h * _signed(_MIX_1)
-    h = h ^ (h >> 15 & 0x1FFFF)
-    h = h * _signed(_MIX_2)
-    return h ^ (h >> 16 & 0xFFFF)
+    return _mix32_(h.clone())
+
+
+def _mix32_(h: Tensor) -> Tensor:
+    """`mix32` in place, with one temporary for the whole chain."""
+    shifted = torch.empty_like(h)
+    for shift, mask, factor in ((16, 0xFFFF, _MIX_1), (15, 0x1FFFF, _MIX_2), (16, 0xFFFF, 1)):
+        torch.bitwise_right_shift(h, shift, out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_(mask))  # int32 shifts carry the sign bit in: mask it away
+        if factor != 1:
+            h.mul_(_signed(factor))
+    return h
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -84,17 +91,6 @@ def crossed_words(rows: Tensor, columns: Tensor) -> Tensor:
     hashed in full, their crossing once.
     """
     return _mix32_(columns[:, None] + rows[None, :])
-
-
-def _mix32_(h: Tensor) -> Tensor:
-    """`mix32` in place, with one temporary for the whole chain."""
-    shifted = torch.empty_like(h)
-    for shift, mask, factor in ((16, 0xFFFF, _MIX_1), (15, 0x1FFFF, _MIX_2), (16, 0xFFFF, 1)):
-        torch.bitwise_right_shift(h, shift, out=shifted)
-        h.bitwise_xor_(shifted.bitwise_and_(mask))
-        if factor != 1:
-            h.mul_(_signed(factor))
-    return h
 
 
 def near_normal(count: int, seed: int, *labels: int, chunk: int = 1 << 20) -> Tensor:

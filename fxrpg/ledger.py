@@ -20,7 +20,8 @@ class Ledger:
     """What a transformed model is made of.
 
     Args:
-        dof: free numbers that generate weights; of a PEMN mask the values of its prototype, which a seed stands for.
+        dof: free numbers that generate weights, of a pruned state those that are left; of a PEMN mask the values of its
+            prototype, which a seed stands for.
         generated: weights generated from them, none of them stored.
         dense: other parameters, stored as they are (frozen ones included).
         trainable: numbers that require gradients: states (for masks a score a weight) and dense parameters.
@@ -81,11 +82,12 @@ def ledger(model: nn.Module) -> Ledger:
     buffers = [t for t in saved.values() if not isinstance(t, nn.Parameter)]
     resident = {id(t): t for t in (*model.parameters(), *model.buffers())}
     masked = [view for name, view in views_in(model).items() if plan.scope(name).generator.masks]
+    pruned = _pruned(model, plan)
     return Ledger(
-        dof=_dof(model, plan),
+        dof=plan.size - pruned,
         generated=sum(view.count for view in views_in(model).values()),
         dense=dense,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad) - _pruned(model, plan),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad) - pruned,
         frozen=frozen,
         mask_bits=sum(view.count for view in masked),
         scales=len(plan.views),
@@ -94,11 +96,6 @@ def ledger(model: nn.Module) -> Ledger:
         bytes_stored=file_size(model),
         bytes_resident=sum(t.nbytes for t in resident.values()),
     )
-
-
-def _dof(model: nn.Module, plan: Plan) -> int:
-    """Degrees of freedom, of a pruned state those that are left."""
-    return sum(scope.size for scope in plan.scopes) - _pruned(model, plan)
 
 
 def _pruned(model: nn.Module, plan: Plan) -> int:

@@ -168,9 +168,10 @@ class _Staged:
         *xs, state, scale = ctx.saved_tensors
         needed = [bool(need) for need in ctx.needs_input_grad[: self.n + 2]]
         if torch.is_grad_enabled():  # create_graph=True: a gradient that can itself be differentiated
-            shape, dtype, device = ctx.bias or ((0,), None, None)
-            # whatever the bias was: what is added has no part in any gradient
-            bias = torch.zeros(shape, dtype=dtype, device=device, requires_grad=needed[-2]) if ctx.bias else None
+            bias = None
+            if ctx.bias:  # whatever its values were: what is added has no part in any gradient
+                shape, dtype, device = ctx.bias
+                bias = torch.zeros(shape, dtype=dtype, device=device, requires_grad=needed[-2])
             grads = self._differentiable(grad, (*xs, bias, state, scale, ctx.text, *ctx.config), needed)
         else:
             out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)

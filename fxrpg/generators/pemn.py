@@ -165,13 +165,12 @@ class Pemn(Generator):
 
     def fixed_values(self, view: View, device: torch.device) -> Tensor:
         """The weight's fixed values before any mask, of unit deviation, float64 [count] in logical order."""
-        index = torch.arange(view.count, device=device)
         if self.prototype == "one_layer":
             return self._prototype(view.count, view.seed, *view.shape).to(device)
+        index, needed = torch.arange(view.count, device=device), min(view.size, view.count)
         if self.permuted:
-            index = Bijection.keyed(view.total, view.seed, PERMUTE)(index)
-        values = self._prototype(min(view.size, view.size if self.permuted else view.count), view.seed).to(device)
-        return values[index % view.size]
+            index, needed = Bijection.keyed(view.total, view.seed, PERMUTE)(index), view.size
+        return self._prototype(needed, view.seed).to(device)[index % view.size]
 
     def mask(self, state: Tensor, view: View) -> Tensor:
         """Which entries the weight keeps, from scores or packed bits: bool [count] in logical order."""
