@@ -9,8 +9,10 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/fxrpg demo --out build/demo
 
+# The kernels' tests run in a process of their own: Triton's interpreter must be chosen before Triton is imported.
 test: $(STAMP)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m kernels
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from fxrpg.generator import Generator, generator_from
 from fxrpg.packing import rounded
 from fxrpg.passes.pipeline import graph_roles
 from fxrpg.plan import Choice, Plan, candidates, checked_seed, choose
+from fxrpg.region_search import check_examples, install_regions
 from fxrpg.roles import Role
 from fxrpg.rule import Dof, Rule, Scoping
 from fxrpg.scopes import lay_out
@@ -30,6 +31,8 @@ def transform(
     seed: int = 0,
     plan: Sequence[Rule] = (),
     strict: bool = False,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A copy of `model` whose planned weights are generated from `dof` free numbers; `model` itself is untouched.
 
@@ -39,8 +42,8 @@ def transform(
     standard deviation that they have in `model`, or with their layer's default where they have none (constants, zeros,
     the meta device). Initialise, load or tie weights before: generated ones are read-only.
 
-    By default a ring takes all conv and linear weights but those of the first and the last such layer, PRANC all of them
-    and their biases, PEMN all of them; `plan` says otherwise.
+    By default a ring takes all conv and linear weights but the first and the last such layer's, PRANC all of them and their
+    biases, PEMN all of them; `plan` says otherwise.
 
     Args:
         model: any module; on the meta device too.
@@ -54,15 +57,18 @@ def transform(
         seed: 0 <= seed < 2^64. The same seed gives the same bits on every machine.
         plan: rules that decide before the method's default does; the first that matches a parameter counts.
         strict: raise when an op consumes a generated weight without a lowering, instead of materializing it.
+        example_inputs, example_kwargs: arguments that the model can be called with. Batch norms and activations are then
+            drawn into the ops before them where that is proved to change nothing (`fxrpg.region_search.install_regions`).
 
     Raises:
         FxrpgError: an argument out of range, a rule that matches nothing, no weight to generate, a module that cannot be
-            transformed.
+            transformed, or that does not run on the example inputs.
 
     Warns:
         UserWarning: a PRANC basis of which one pass over the model draws more than 1e11 values.
     """
     _check_modules(model)
+    examples = check_examples(example_inputs, example_kwargs)
     generator, rules = generator_from(method), _checked_rules(plan)
     found = candidates(model, graph_roles(model) if isinstance(model, fx.GraphModule) else {})
     chosen, dense = choose(found, generator, rules)
@@ -74,6 +80,7 @@ def transform(
     states, scale = _initial(resolved, {choice.candidate.name: choice for choice in chosen})
     result = copy_without(model, [choice.candidate.parameter for choice in chosen])
     assemble(result, resolved, states, scale, strict)
+    install_regions(result, examples)
     return result
 
 

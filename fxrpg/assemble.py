@@ -10,9 +10,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from fxrpg.epilogue import register_epilogue_flops
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import METADATA, REQUIRES_GRAD
-from fxrpg.generator import View
 from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import (
     DIGEST,
@@ -33,8 +33,10 @@ from fxrpg.passes.graph_module import adopt, release
 from fxrpg.passes.pipeline import rewrite
 from fxrpg.passes.restore import put_parameter, restore
 from fxrpg.plan import Plan
+from fxrpg.regions import uninstall
 from fxrpg.staging import register_flops
 from fxrpg.trace import Trace
+from fxrpg.view import View
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -151,6 +153,7 @@ def assemble(
     buffer of scales, is that of weights whose state is frozen.
     """
     register_flops()
+    register_epilogue_flops()
     device = next(iter(states.values())).device
     for name, state in states.items():
         put_state(root, name, state)
@@ -215,6 +218,8 @@ def disassemble(root: nn.Module) -> None:
         taken.setdefault(id(owner), (owner, {}))[1][attribute] = weights[name]
     for owner, parameters in taken.values():
         disown(owner, parameters)
+    for module in root.modules():
+        uninstall(module)
     if isinstance(root, fx.GraphModule):
         for name, aliases in plan.names.items():
             for alias in aliases:

@@ -2,7 +2,8 @@
 
 Every law has integer values v, of unit variance after division by `deviation`. A weight is theta_i = sum_k alpha_k v_ik,
 with alpha in fixed point: integers whose products and sums a float64 holds exactly, in any order. So a weight has the same
-bits on every device, with any number of threads and any size of chunk, and costs no more than a float sum.
+bits on every device, with any number of threads and any size of chunk, and costs no more than a float sum. Gradients go
+back the same way, d_k = sum_i g_i v_ik with g in fixed point: a training step is as reproducible as a weight.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxrpg.generator import View
 from fxrpg.hashing import COLUMN, ROW, crossed_words, words_at
+from fxrpg.view import View
 
 CHUNK = 7 << 12
 """Words drawn at a time. What is made of them stays in a core's cache, and below the 32,768 elements from which torch would
@@ -49,8 +50,15 @@ class Law(ABC):
         """
 
     @abstractmethod
-    def project(self, grad: Tensor, view: View, size: int) -> Tensor:
-        """The adjoint: sum_i grad_i v_ik for every k < `size`, of a `grad` [count]. Summed and returned in float64, [size]."""
+    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
+        """The adjoint: sum_i numbers[:, i] v_ik for every k < `size`.
+
+        Args:
+            numbers: float64 [n, count].
+
+        Returns:
+            float64 [n, size]; exact as in `combine`.
+        """
 
     @abstractmethod
     def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
@@ -79,22 +87,24 @@ class Rademacher(Law):
                         row += table.index_select(0, chosen).view(words.shape).sum(0)
             yield part
 
-    def project(self, grad: Tensor, view: View, size: int) -> Tensor:
+    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
         parts = []
         for start in range(0, groups := -(-size // 32), _BINNED):
             batch = min(_BINNED, groups - start)
-            bins = torch.zeros(batch, 4, 256, dtype=torch.float64, device=grad.device)
+            bins = numbers.new_zeros(len(numbers), batch, 4, 256)
             done = 0
-            for rows in _row_chunks(view.count, view, grad.device):
-                some = grad[done : done + len(rows)].to(torch.float64)
+            for rows in _row_chunks(view.count, view, numbers.device):
+                some = numbers[:, done : done + len(rows)]
                 for first, words in _crossed(rows, batch, view, start):
-                    repeated = some.expand(len(words), -1).reshape(-1)
-                    for byte in range(4):
-                        chosen = (words >> 8 * byte & 0xFF) + _starts(len(words), grad.device)
-                        bins[first : first + len(words), byte] += _binned(chosen.view(-1), repeated, len(words))
+                    starts = _starts(len(words), numbers.device)
+                    chosen = [((words >> 8 * byte & 0xFF) + starts).view(-1) for byte in range(4)]
+                    for row, tables in zip(some, bins[:, first : first + len(words)], strict=True):
+                        repeated = row.expand(words.shape).reshape(-1)
+                        for byte in range(4):
+                            tables[:, byte] += _binned(chosen[byte], repeated, len(words))
                 done += len(rows)
-            parts.append(_signed_sums(bins).view(-1))
-        return torch.cat(parts)[:size]
+            parts.append(_signed_sums(bins).flatten(1))
+        return torch.cat(parts, 1)[:, :size]
 
     def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
         rows = _rows(0, view.count, view, device)
@@ -118,12 +128,12 @@ class Drawn(Law):
                 part += numbers[:, first : first + count] @ self.values(rows, first, count, view)
             yield part
 
-    def project(self, grad: Tensor, view: View, size: int) -> Tensor:
-        out, start = torch.zeros(size, dtype=torch.float64, device=grad.device), 0
-        for rows in _row_chunks(view.count, view, grad.device):
-            some = grad[start : start + len(rows)].to(torch.float64)
+    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
+        out, start = numbers.new_zeros(len(numbers), size), 0
+        for rows in _row_chunks(view.count, view, numbers.device):
+            some = numbers[:, start : start + len(rows)]
             for first, count in self._runs(size, len(rows)):
-                out[first : first + count] += self.values(rows, first, count, view) @ some
+                out[:, first : first + count] += some @ self.values(rows, first, count, view).t()
             start += len(rows)
         return out
 
@@ -173,13 +183,13 @@ class KhatriRao(Law):
                 part += (left.t() * some[:, None, :]) @ right
             yield part.view(len(numbers), -1)
 
-    def project(self, grad: Tensor, view: View, size: int) -> Tensor:
-        out = torch.zeros(size, dtype=torch.float64, device=grad.device)
-        matrix = grad.view(-1, view.fan_in)
+    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
+        out = numbers.new_zeros(len(numbers), size)
+        matrices = numbers.view(len(numbers), -1, view.fan_in)
         for outputs in self._output_chunks(view):
-            some = matrix[outputs].to(torch.float64)
-            for first, left, right in self._factors(view, size, grad.device, outputs):
-                out[first : first + len(left)] += ((left @ some) * right).sum(1)
+            some = matrices[:, outputs]
+            for first, left, right in self._factors(view, size, numbers.device, outputs):
+                out[:, first : first + len(left)] += ((left @ some) * right).sum(2)
         return out
 
     def _output_chunks(self, view: View) -> Iterator[slice]:
@@ -256,7 +266,7 @@ def _sums_of_signs(numbers: Tensor) -> Tensor:
 
 
 def _signed_sums(bins: Tensor) -> Tensor:
-    """The adjoint of `_sums_of_signs`, [..., 256] -> [..., 8]: by halves; a product would be split between threads."""
+    """The adjoint of `_sums_of_signs`, [..., 256] -> [..., 8]: by halves."""
     found = []
     for _ in range(8):
         low, high = bins.unflatten(-1, (2, -1)).unbind(-2)  # the highest bit that is left: clear, set
@@ -266,7 +276,7 @@ def _signed_sums(bins: Tensor) -> Tensor:
 
 
 def _binned(chosen: Tensor, values: Tensor, tables: int) -> Tensor:
-    """Sums of `values` by bin, float64 [tables, 256]. On the CPU in the order of the elements."""
+    """Sums of `values`, whole numbers, by bin: float64 [tables, 256]."""
     if values.device.type == "cpu":
         return torch.bincount(chosen, weights=values, minlength=256 * tables).view(tables, 256)
     return values.new_zeros(256 * tables).index_add_(0, chosen, values).view(tables, 256)

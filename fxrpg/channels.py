@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fxrpg.assemble import StandIn, copy_module, plan_of, replan, weight_of
 from fxrpg.channel_groups import channel_groups, width_in
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import View
 from fxrpg.owner import link_of
 from fxrpg.plan import Plan
+from fxrpg.view import View
 
 Channels = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 """Path of a module -> the indices left of its outputs and of its inputs; () is all."""

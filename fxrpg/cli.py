@@ -1,4 +1,4 @@
-"""The command line: `fxrpg demo | explain | info | pack | unpack | verify`."""
+"""The command line: `fxrpg demo | explain | info | pack | unpack | verify | bench`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ from fxrpg.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after a mistake of the user's, told in one line on stderr."""
+    """Run one command. Returns 0, or 2 after a mistake of the user's, told in one line on stderr; `bench` has 1 too."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot write
     arguments = _parser().parse_args(argv)
+    code = 0
     try:
-        arguments.run(arguments)
+        code = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # what reads the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fxrpg {arguments.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _one_line(text: str) -> str:
@@ -117,6 +118,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", type=Path, help="a packed file")
     command.add_argument("--seed", type=int, help="the seed, if the file withholds it")
     command.add_argument("--model", help="also load the file into this model (package.module:callable)")
+
+    example = "fxrpg bench --quick --only 'layer/*'"
+    command = _command(commands, "bench", _bench, "time layers, models and bases against dense ones", example)
+    command.add_argument("--quick", action="store_true", help="a few cases: under 2 minutes in place of 8")
+    command.add_argument("--only", default="", metavar="GLOB", help="only cases whose name matches, such as 'decode/*'")
+    command.add_argument("--device", default="", help="cuda or cpu (default: a GPU if there is one)")
+    command.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="(default: bfloat16, on a CPU float32)"
+    )
+    command.add_argument("--out", type=Path, help="folder for CSV, tables and pictures (default: bench/results)")
+    command.add_argument("--seconds", type=float, help="stop after so many seconds, whatever is left")
     return parser
 
 
@@ -382,3 +394,14 @@ def _verify(arguments: argparse.Namespace) -> None:
         checkpoint.load(build(arguments.model), arguments.file, seed=arguments.seed)
     loaded = f", and it loads into {arguments.model}" if arguments.model else ""
     print(f"{arguments.file}: every byte verified, the random functions draw as they did when it was written{loaded}")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """The bench lies beside the package in a checkout, and is not installed with it."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "cases.py").is_file():
+        fix = "Clone the repository and run `python bench/run.py` there."
+        raise FxrpgError("bench", "needs the folder bench of a checkout", f"no {root / 'bench'}", fix)
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module("bench.run").run(arguments)

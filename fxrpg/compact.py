@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from fxrpg.assemble import copy_module, plan_of, put_state, replan, states_in, take_state
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View
+from fxrpg.generator import Generator
 from fxrpg.owner import SCALE, tensor_at
 from fxrpg.plan import Plan, Scope
 from fxrpg.scopes import shares
+from fxrpg.view import View
 
 ORDERS = ("magnitude", "index")
 

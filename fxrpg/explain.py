@@ -25,7 +25,8 @@ class Row:
         status: "generated" or "dense".
         method: of a generated one.
         state: name of the tensor that it is generated from.
-        way: "handle" (the module reads a property) or "graph" (the graph was rewritten); "" if dense or unknown.
+        way: "handle" (the module reads a property), "graph" (the graph was rewritten) or "region" (a proved graph answers
+            calls like the example inputs); "" if dense or unknown.
         path: "staged", "materialized" (by at least one op), "unknown" (nothing has consumed it yet), or "" if dense.
         op: the ops that consume it, if known.
         reason: why it is dense or materialized.
@@ -44,9 +45,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All rows of a model, generated weights first; prints as a table under its headline."""
+    """All rows of a model, generated weights first; prints as a table under its headline.
+
+    `dropped`: (module, why it has no region, or none in train mode), for those that were tried.
+    """
 
     rows: tuple[Row, ...]
+    dropped: tuple[tuple[str, str], ...] = ()
 
     def fraction(self, path: str) -> float:
         """The share of the generated weights (elements, not tensors) on `path`."""
@@ -66,7 +71,8 @@ class Explanation:
         for r in self.rows:
             state = [f"{r.method}: {r.state}" if r.state else ""] * several
             body.append([r.name, "x".join(map(str, r.shape)), r.status, *state, r.way, r.path, r.op, r.reason])
-        return headline + "\n\n" + tabulate(body, headers)
+        lines = "".join(f"\nregion {name}: left to the module, {reason}" for name, reason in self.dropped)
+        return headline + "\n\n" + tabulate(body, headers) + (f"\n{lines}" if lines else "")
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -87,7 +93,8 @@ def explain(model: nn.Module) -> Explanation:
         for name, reason in plan.dense.items()
         if name in shapes
     ]
-    return Explanation((*generated, *dense))
+    dropped = ((path or plain_class(model).__name__, reason) for path, reason in trace_of(model).dropped.items())
+    return Explanation((*generated, *dense), tuple(dropped))
 
 
 def _row(name: str, plan: Plan, uses: dict[str, Use]) -> Row:

@@ -5,25 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+COEFFICIENT_BITS = 31
+"""Bits that are kept of the largest coefficient, and twice as many of a float64: part of the format."""
 
-def fixed_point(alphas: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`alphas` as rows of integers: alpha_k = sum_l limbs[l, k] * weights[l], to 31 bits of the largest (62 for float64).
+GRADIENT_BITS = 30
+"""The same for gradients: one fewer, so that four signed bytes hold one."""
+
+
+def fixed_point(alphas: Tensor, bits: int, kept: int = COEFFICIENT_BITS) -> tuple[Tensor, Tensor]:
+    """`alphas` as rows of integers: alpha_k = sum_l limbs[l, k] * weights[l], to `kept` bits of the largest.
 
     How many rows there are depends on how many alphas; what they stand for does not.
 
     Args:
         alphas: floating-point [k].
         bits: of the largest basis value.
+        kept: at most 31; float64 keeps twice as many.
 
     Returns:
         (limbs, weights), both float64: [l, k] integers of so few bits that a sum over k of products with the basis stays
         below 2^53, and their powers of two, [l, 1]. NaN where an alpha is not finite.
     """
-    wanted = 62 if alphas.dtype == torch.float64 else 31
+    wanted = 2 * kept if alphas.dtype == torch.float64 else kept
     each = min(31, 53 - bits - max(1, len(alphas) - 1).bit_length())
     alphas = alphas.to(torch.float64)
-    broken = (0 * alphas).sum()  # zero, or NaN if an alpha is not finite
-    exponent = torch.frexp(torch.nan_to_num(alphas.abs().amax(), 1.0, 1.0))[1].to(torch.float64)
+    largest = alphas.abs().amax()
+    broken = 0 * largest  # zero, or NaN if an alpha is not finite
+    exponent = torch.frexp(torch.nan_to_num(largest, 1.0, 1.0))[1].to(torch.float64)
     exponent = exponent.clamp(min=-960)  # so that its power, and that of the last bit, are normal numbers
     rest, limbs, weights = alphas * torch.exp2(-exponent), [], []
     for done in range(0, wanted, each):
@@ -34,3 +42,19 @@ def fixed_point(alphas: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         weights.append(torch.exp2(exponent - (done + width)) + broken)
         rest = rest - whole
     return torch.stack(limbs), torch.stack(weights)[:, None]
+
+
+def from_parts(sums: Tensor, weights: Tensor) -> Tensor:
+    """What exact sums over rows of integers stand for: the rows added, the smallest first, in one order everywhere.
+
+    Args:
+        sums: float64 [l, n], one row for each of `fixed_point`'s.
+        weights: theirs, [l, 1].
+
+    Returns:
+        float64 [n]. Rounded once if there are two rows, which is so unless there are millions of numbers.
+    """
+    total, *parts = (sums * weights).flip(0)
+    for part in parts:
+        total = total + part
+    return total

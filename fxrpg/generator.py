@@ -1,11 +1,9 @@
-"""What a method must give (Generator), and where one weight lies in a method's state (View)."""
+"""What a method must give: a generator."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +16,7 @@ from torch import Tensor
 from fxrpg.errors import FxrpgError
 from fxrpg.least_squares import conjugate_gradients
 from fxrpg.packing import rounded
+from fxrpg.view import METHODS, Form, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +27,12 @@ class Generator(ABC):
     booleans): no tensor, no device, no seed.
     """
 
-    registry: ClassVar[dict[str, type[Generator]]] = {}
+    registry: ClassVar[dict[str, type[Generator]]] = METHODS
     method: ClassVar[str]
     state_name: ClassVar[str]
     """Of the root's parameter that is the state, or, for a `local` state, the ending of its name: weight + "_score"."""
+    pair: ClassVar[str] = "fxrpg.kernels.fused.generate"
+    """The module with `generate` and `accumulate` for whole weights on Triton kernels."""
     keeps_ends: ClassVar[bool] = False
     """Whether the method's default plan leaves the first and the last conv or linear layer dense."""
 
@@ -159,6 +160,35 @@ class Generator(ABC):
     def reference(self, state: Tensor, view: View) -> Tensor:
         """What `materialize` computes, in the state's dtype and in plain torch ops that autograd and torch.func follow."""
 
+    def form(
+        self, state: Tensor, view: View, step: int, dtype: torch.dtype | None = None, tables: bool = False
+    ) -> Form | None:
+        """How kernels generate values of the view in registers; None for a method too dear for that.
+
+        Args:
+            state: of `kernel_state`.
+            step: columns begin at multiples of it.
+            dtype: the type in which tiles will be asked for, where it is known; it must be if wider than float32.
+            tables: whether addresses may come from a table, cached on the device, where the method has one.
+        """
+        return None
+
+    def cost(self, view: View, step: int) -> str:
+        """What one value takes in a kernel where columns begin at multiples of `step`.
+
+        "block": a share of one address for a run of elements; "table": a look-up for a run; "element": an address of its
+        own; "own": too much, the method generates in kernels of its own (`form` is None).
+        """
+        return "own"
+
+    def masked_gradient(self, grad: Tensor, state: Tensor) -> Tensor:
+        """A gradient that kernels have summed, without what the settings hold back."""
+        return grad.mul_(state != 0) if self.sparse else grad
+
+    def kernel_state(self, state: Tensor, view: View) -> Tensor:
+        """The state as kernels read it, where that is not as it is stored."""
+        return state.contiguous()
+
     @abstractmethod
     def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
         """The exact adjoint of `materialize`: gradient of the state from that of the unscaled weight.
@@ -192,98 +222,6 @@ class Generator(ABC):
             return sum((self.accumulate(w * s, live, view) for (view, s, _), w in pairs), torch.zeros_like(state))
 
         return conjugate_gradients(forward, adjoint, [target for _, _, target in targets])
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """One weight as seen in the state. With the state and the layer's scale it is all that is needed to generate it.
-
-    Args:
-        generator: the method and its settings.
-        seed: 0 <= seed < 2^64.
-        tensor: id of the weight within its model; also its slot in the table of scales.
-        shape: PyTorch's shape of the weight.
-        order: axes of `shape` in logical order (out, kernel..., in), the fastest-running last.
-        offset: first position of the weight in the method's address space.
-        total: positions of all weights that share the state.
-        size: degrees of freedom of the state.
-        kept: of a weight whose channels were pruned, the indices left on each axis, () for all; `shape` is what is left.
-        original: its shape before that.
-    """
-
-    generator: Generator
-    seed: int
-    tensor: int
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    offset: int
-    total: int
-    size: int
-    kept: tuple[tuple[int, ...], ...] = ()
-    original: tuple[int, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def fan_in(self) -> int:
-        """Elements that feed one output."""
-        return self.count // self.shape[self.order[0]]
-
-    @functools.cached_property
-    def whole(self) -> View:
-        """The weight with all its channels, as the generator knows it."""
-        return dataclasses.replace(self, shape=self.original, kept=(), original=()) if self.kept else self
-
-    @functools.cached_property
-    def text(self) -> str:
-        """The canonical string that an op receives."""
-        return json.dumps(self.fields(), sort_keys=True, separators=(",", ":"))
-
-    def fields(self) -> dict[str, Any]:
-        """Plain data, as written to files."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "generator"}
-        return data | {"method": self.generator.method, "settings": dataclasses.asdict(self.generator)}
-
-    @staticmethod
-    @functools.lru_cache(maxsize=1 << 16)
-    def parse(text: str) -> View:
-        """The view that `text` stands for."""
-        data = json.loads(text)
-        generator = Generator.registry[data.pop("method")](**data.pop("settings"))
-        data |= {name: tuple(data[name]) for name in ("shape", "order", "original")}
-        return View(**data | {"generator": generator, "kept": tuple(map(tuple, data["kept"]))})
-
-    def narrowed(self, weight: Tensor) -> Tensor:
-        """The kept channels of a weight that has them all."""
-        for axis, kept in enumerate(self.kept):
-            if kept:
-                weight = weight.index_select(axis, torch.tensor(kept, device=weight.device))
-        return weight
-
-    def widened(self, grad: Tensor) -> Tensor:
-        """The adjoint of `narrowed`: zeros for the channels that are gone."""
-        for axis, kept in enumerate(self.kept):
-            if kept:
-                sides = list(grad.shape)
-                sides[axis] = self.original[axis]
-                grad = grad.new_zeros(sides).index_copy(axis, torch.tensor(kept, device=grad.device), grad)
-        return grad
-
-    def to_logical(self, weight: Tensor) -> Tensor:
-        """`weight` of `shape` as its elements in logical order, [count]."""
-        return weight.permute(self.order).reshape(-1)
-
-    def from_logical(self, values: Tensor) -> Tensor:
-        """The inverse of `to_logical`: of `shape`, with the strides of a fresh contiguous tensor."""
-        if self.order == tuple(range(len(self.order))):
-            return values.view(self.shape)
-        inverse = [self.order.index(axis) for axis in range(len(self.order))]
-        logical = values.view([self.shape[axis] for axis in self.order])
-        # not .contiguous(): a 1x1 kernel is contiguous as it is, with strides that a convolution reads as channels_last
-        return logical.permute(inverse).clone(memory_format=torch.contiguous_format)
 
 
 def generator_from(method: str | Generator) -> Generator:

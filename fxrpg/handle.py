@@ -17,9 +17,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fxrpg.dispatch import choices
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import GRAD, IS_LEAF, METADATA, RECORD, REQUIRES_GRAD, Step, rearrangement, writes
-from fxrpg.generator import View
 from fxrpg.lowering import (
     LOWERINGS,
     Generated,
@@ -31,6 +31,7 @@ from fxrpg.lowering import (
     weight_dtype,
 )
 from fxrpg.trace import Trace
+from fxrpg.view import View
 
 
 def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -226,8 +227,9 @@ def consume(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             "Unpack it before the call.",
         )
     try:
-        out = _lowered(func, args, kwargs)
-        path, reason = "staged", ""
+        with choices() as seen:
+            out = _lowered(func, args, kwargs)
+        path, reason = (seen[0].path, seen[0].reason) if seen else ("staged", "")
     except NotLowered as e:
         out = _materialized(func, args, kwargs, handles)
         path, reason = "materialized", str(e)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxrpg.device import settled
+
 FORMAT_VERSION = 1
 SEED_LIMIT = 1 << 64
 
@@ -76,9 +78,14 @@ def random_words(first: int, count: int, seed: int, *labels: int, device: torch.
     return words_at(index, seed, *labels)
 
 
+def stream_keys(seed: int, *labels: int) -> tuple[int, int]:
+    """The two keys, of the outer and the inner mixing round, of the stream (seed, labels)."""
+    return derive_key(seed, *labels, 0), derive_key(seed, *labels, 1)
+
+
 def words_at(index: Tensor, seed: int, *labels: int) -> Tensor:
     """The stream's words at the given int64 counters (any shape, any order), as int32 bit patterns."""
-    outer, inner = derive_key(seed, *labels, 0), derive_key(seed, *labels, 1)
+    outer, inner = stream_keys(seed, *labels)
     h = mix32(index.to(torch.int32) ^ _signed(outer))
     high = (index >> 32).to(torch.int32) * _signed(_GOLDEN)
     return mix32(h + high + _signed(inner))
@@ -93,20 +100,22 @@ def crossed_words(rows: Tensor, columns: Tensor) -> Tensor:
     return _mix32_(columns[:, None] + rows[None, :])
 
 
-def near_normal(count: int, seed: int, *labels: int, chunk: int = 1 << 20) -> Tensor:
+def near_normal(
+    count: int, seed: int, *labels: int, chunk: int = 1 << 20, device: torch.device | str = "cpu"
+) -> Tensor:
     """`count` values of zero mean and unit variance, near normal, exact on every machine.
 
     Each is the sum of eight 16-bit uniform integers (Irwin-Hall), divided once: no logarithm or cosine whose last bits
     differ between libraries.
 
     Returns:
-        float64 tensor of shape [count], on the CPU.
+        float64 tensor of shape [count].
     """
-    out = torch.empty(count, dtype=torch.float64, device="cpu")
+    out = torch.empty(count, dtype=torch.float64, device=device)
     deviation = (8 * ((1 << 32) - 1) / 12) ** 0.5
     for start in range(0, count, chunk):
         n = min(chunk, count - start)
-        words = random_words(4 * start, 4 * n, seed, *labels).view(n, 4)
+        words = random_words(4 * start, 4 * n, seed, *labels, device=device).view(n, 4)
         total = ((words & 0xFFFF) + (words >> 16 & 0xFFFF)).sum(1)
         out[start : start + n] = (total - 4 * 0xFFFF).to(torch.float64) / deviation
     return out
@@ -140,11 +149,11 @@ class Bijection:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Images of `x` (int64, 0 <= x < count), any shape."""
-        return self._into_range(self._rounds(x), self._holes)
+        return self._into_range(self._rounds(x), self.holes)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Preimages of `y` (int64, 0 <= y < count), any shape."""
-        return self._into_range(self._rounds_inverse(y), self._inverse_holes)
+        return self._into_range(self._rounds_inverse(y), self.inverse_holes)
 
     def _rounds(self, x: Tensor) -> Tensor:
         a, b = self.factors
@@ -171,15 +180,17 @@ class Bijection:
     def _into_range(self, y: Tensor, holes: tuple[int, ...]) -> Tensor:
         if not holes:
             return y
-        table = torch.tensor(holes, dtype=torch.int64, device=y.device)
+        table = _on_device(holes, y.device)
         return torch.where(y < self.count, y, table[(y - self.count).clamp_(min=0)])
 
     @functools.cached_property
-    def _holes(self) -> tuple[int, ...]:
+    def holes(self) -> tuple[int, ...]:
+        """Where the images count, count + 1, ... that lie out of range are sent."""
         return self._walk(self._rounds)
 
     @functools.cached_property
-    def _inverse_holes(self) -> tuple[int, ...]:
+    def inverse_holes(self) -> tuple[int, ...]:
+        """The same for the inverse."""
         return self._walk(self._rounds_inverse)
 
     def _walk(self, step: Callable[[Tensor], Tensor]) -> tuple[int, ...]:
@@ -192,6 +203,12 @@ class Bijection:
         for _ in range(len(y)):
             y = torch.where(y >= self.count, step(y), y)
         return tuple(torch.where(y >= self.count, 0, y).tolist())
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept there: a copy at every call would stall a GPU, and cannot be captured in a CUDA graph."""
+    return settled(torch.tensor(numbers, dtype=torch.int64, device=device))
 
 
 @functools.lru_cache(maxsize=4096)

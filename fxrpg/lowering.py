@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fxrpg.device import require_triton
+from fxrpg.device import require_triton, runs_kernels
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import View
 from fxrpg.roles import Role
+from fxrpg.view import View
 
 MODES = ("auto", "fused", "staged", "materialized")
 
@@ -60,6 +61,12 @@ def current_mode() -> str:
 def transforming() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is under way: both follow plain torch ops only."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def kernels_wanted(device: torch.device) -> bool:
+    """Whether Triton kernels generate on `device` in the mode in force: on a GPU; interpreted ones, only if asked for."""
+    mode = current_mode()
+    return mode != "materialized" and runs_kernels(device) and (device.type == "cuda" or mode != "auto")
 
 
 class Generated(NamedTuple):
@@ -195,6 +202,10 @@ def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype 
     """
     view = View.parse(text)
     dtype = dtype or weight_dtype(state, scale)
+    if kernels_wanted(state.device) and not view.kept:
+        found = importlib.import_module(view.generator.pair).generate(view, state.detach(), scale, dtype)
+        if found is not None:
+            return found
     values = view.narrowed(view.generator.materialize(state, view.whole, dtype))
     if dtype.itemsize >= 4:
         return values.mul_(scale_of(scale, view))
@@ -217,6 +228,10 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     wide = torch.promote_types(grad.dtype, torch.promote_types(state.dtype, torch.float32))
     grad = grad.to_dense() if grad.layout != torch.strided else grad
     scaled = view.widened(grad.to(wide) * scale_of(scale, view))
+    if kernels_wanted(state.device) and not view.kept and wide == torch.float32:
+        found = importlib.import_module(view.generator.pair).accumulate(scaled, state.detach(), view)
+        if found is not None:
+            return found.to(state.dtype)
     return view.generator.accumulate(scaled, state, view.whole).to(state.dtype)
 
 

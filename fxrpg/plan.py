@@ -15,10 +15,11 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View
+from fxrpg.generator import Generator
 from fxrpg.hashing import FORMAT_VERSION, PERMUTE, SEED_LIMIT, SIGN, derive_key, random_words
 from fxrpg.roles import LAYER_KINDS, PLAIN_KINDS, Refusal, Role, parametrized_layers, raw_role, role_of
 from fxrpg.rule import DENSE, Rule
+from fxrpg.view import View
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View
+from fxrpg.generator import Generator
 from fxrpg.plan import Choice, Scope
 from fxrpg.rule import Dof, Rule, Scoping
+from fxrpg.view import View
 
 WORDS = ("model", "stage", "block", "position", "layer")
 

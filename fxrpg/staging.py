@@ -15,8 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxrpg.generator import View
-from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight, transforming, weight_dtype
+from fxrpg import fusing
+from fxrpg.lowering import (
+    accumulate_gradient,
+    current_mode,
+    generate_weight,
+    lowering_mode,
+    plain_weight,
+    transforming,
+    weight_dtype,
+)
+from fxrpg.view import View
 
 LIBRARY = torch.library.Library("fxrpg", "DEF")
 
@@ -42,6 +51,8 @@ class DenseOp:
         input_grads: (grad, inputs, weight, needed, *config) -> one gradient or None for each input.
         bias_grad: (grad, *config) -> gradient of the bias.
         flops: (shapes of the inputs, shape of the weight, shape of the output, *config) -> floating-point operations.
+        fused: the module in `kernels/fused` that runs the op with its weight in registers, "" if none does.
+        problem: (direction, inputs, view, dtype, *config) -> the op as `dispatch.choose` takes it, or why no kernel covers it.
         autocast: "lower" casts inputs to autocast's type as torch does for this op, "state" to the state's type.
     """
 
@@ -53,6 +64,8 @@ class DenseOp:
     input_grads: Callable[..., list[Tensor | None]] = _no_gradient
     bias_grad: Callable[..., Tensor] = _no_gradient
     flops: Callable[..., int] = _no_flops
+    fused: str = ""
+    problem: Callable[..., Any] = _no_gradient
     autocast: str = "lower"
 
 
@@ -64,12 +77,12 @@ def register_flops() -> None:
     """
     counter = importlib.import_module("torch.utils.flop_counter")
     for op, dense in DENSE_OPS.items():
-        forward, backward = _flop_formulas(dense)
+        forward, backward = flop_formulas(dense)
         counter.register_flop_formula(op.overloadpacket, get_raw=True)(forward)
         counter.register_flop_formula(_backward_op(dense).overloadpacket, get_raw=True)(backward)
 
 
-def _flop_formulas(dense: DenseOp) -> tuple[Callable[..., int], Callable[..., int]]:
+def flop_formulas(dense: DenseOp) -> tuple[Callable[..., int], Callable[..., int]]:
     n = len(dense.inputs)
 
     def forward(*args: Any, out_val: Any = None, **_: Any) -> int:
@@ -121,10 +134,12 @@ class _Staged:
         self.op_backward = _backward_op(dense)
 
     def forward(self, *args: Any) -> Tensor:
-        return _own_tensor(self._run(args, generate_weight))
+        n = self.n
+        out = fusing.forward(self.dense, args[:n], args[n], args[n + 1 : n + 4], args[n + 4 :])
+        return own_tensor(self._run(args, generate_weight) if out is None else out)
 
     def forward_fake(self, *args: Any) -> Tensor:
-        return _own_tensor(self._run(args, _empty_weight))
+        return own_tensor(self._run(args, _empty_weight))
 
     def plain(self, *args: Any) -> Tensor:
         return self._run(args, plain_weight)
@@ -134,7 +149,18 @@ class _Staged:
         return self.dense.forward(*xs, produce(state, scale, text, _compute_dtype(xs, state, scale)), bias, *config)
 
     def backward(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return self._run_backward(grad, args, generate_weight, accumulate_gradient)
+        """Gradients of (*inputs, bias, state), an empty tensor for each that is not needed; fused, or staged as they come."""
+        n, needed = self.n, list(args[-1])
+        xs, where, config = args[:n], args[n : n + 3], args[n + 3 : -1]
+        dx = fusing.input_grad(self.dense, grad, xs, where, config) if any(needed[:n]) else None
+        found = fusing.state_grad(self.dense, grad, xs, where, config) if needed[n + 1] else None
+        left = [need and (dx is None) for need in needed[:n]] + [needed[n], needed[n + 1] and found is None]
+        grads = list(self._run_backward(grad, (*args[:-1], left), generate_weight, accumulate_gradient))
+        if dx is not None:
+            grads[0] = dx
+        if found is not None:
+            grads[n + 1] = found
+        return tuple(grads)
 
     def backward_fake(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return self._run_backward(grad, args, _empty_weight, _empty_state)
@@ -142,7 +168,7 @@ class _Staged:
     def _run_backward(
         self, grad: Tensor, args: Any, produce: Callable[..., Tensor], accumulate: Callable[..., Tensor]
     ) -> tuple[Tensor, ...]:
-        """Gradients of (*inputs, bias, state), an empty tensor for each that is not needed. The weight goes before its own."""
+        """The gradients, staged. The weight goes before its own."""
         n, dense, needed = self.n, self.dense, args[-1]
         xs, (state, scale, text), config = args[:n], args[n : n + 3], args[n + 3 : -1]
         grads: list[Tensor | None] = [None] * (n + 2)
@@ -163,6 +189,7 @@ class _Staged:
         bias = inputs[self.n]
         ctx.bias = None if bias is None else (tuple(bias.shape), bias.dtype, bias.device)
         ctx.text, ctx.config = inputs[self.n + 3], inputs[self.n + 4 :]
+        ctx.mode = current_mode()  # backward may run in a thread of autograd's own
 
     def differentiate(self, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *xs, state, scale = ctx.saved_tensors
@@ -174,7 +201,8 @@ class _Staged:
                 bias = torch.zeros(shape, dtype=dtype, device=device, requires_grad=needed[-2])
             grads = self._differentiable(grad, (*xs, bias, state, scale, ctx.text, *ctx.config), needed)
         else:
-            out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)
+            with lowering_mode(ctx.mode):
+                out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)
             grads = [g if need else None for g, need in zip(out, needed, strict=True)]
         return (*grads, None, None, *[None] * len(ctx.config))
 
@@ -194,7 +222,7 @@ class _Staged:
     def autocast(self, *args: Any) -> Tensor:
         device, own = args[0].device.type, weight_dtype(*args[self.n + 1 : self.n + 3])
         target = torch.get_autocast_dtype(device) if self.dense.autocast == "lower" else own
-        cast = [_autocast_to(x, target) for x in args[: self.n + 1]]
+        cast = [autocast_to(x, target) for x in args[: self.n + 1]]
         with torch.autocast(device, enabled=False):
             return self.op(*cast, *args[self.n + 1 :])
 
@@ -229,12 +257,12 @@ def _compute_dtype(xs: tuple[Tensor, ...], state: Tensor, scale: Tensor) -> torc
     return xs[0].dtype if xs[0].is_floating_point() else weight_dtype(state, scale)
 
 
-def _autocast_to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def autocast_to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Autocast's own rule: floating tensors except float64 are cast."""
     return x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
 
 
-def _own_tensor(out: Tensor) -> Tensor:
+def own_tensor(out: Tensor) -> Tensor:
     """An op's result must not be a view (torch makes some by squeezing a batch): views of a Function refuse in-place ops."""
     return torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
 

@@ -21,6 +21,8 @@ class Trace:
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
         self.seen: dict[str, dict[str, Use]] = {}
+        self.dropped: dict[str, str] = {}
+        """Path of a module that keeps to its own forward where a region was tried -> why."""
 
     def note(self, name: str, path: str, op: str, reason: str = "", way: str = "handle") -> None:
         """Record one consumption. In strict mode a weight that was not lowered raises."""

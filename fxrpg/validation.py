@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View
+from fxrpg.generator import Generator
 from fxrpg.hashing import FORMAT_VERSION, SEED_LIMIT
 from fxrpg.header import (
     DTYPES,
@@ -35,6 +35,7 @@ from fxrpg.lowering import decode_scales, encode_scales
 from fxrpg.owner import DIGEST, SCALE
 from fxrpg.packing import unpack_bits
 from fxrpg.plan import Scope
+from fxrpg.view import View
 
 STATE_DTYPES = ("F64", "F32", "F16", "BF16")
 MOST_ELEMENTS = 1 << 48  # of all weights, and of one tensor: a petabyte in float32

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxrpg.dispatch import Problem
+from fxrpg.epilogue import define_epilogue_op
 from fxrpg.lowering import Generated, compiles, lowers
 from fxrpg.roles import Role, conv_role
 from fxrpg.staging import DenseOp, define_staged_op
+from fxrpg.view import View
 
 aten = torch.ops.aten
 
 
 CONVS = (F.conv1d, F.conv2d, F.conv3d)
 TRANSPOSED_CONVS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+CONV_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def conv_ref(
@@ -65,6 +70,52 @@ def conv_flops(xs: list, weight: tuple[int, ...], out: tuple[int, ...], *config:
     return 2 * batch * prod(image[-dims:]) * prod(weight)
 
 
+def conv_problem(
+    direction: str, xs: tuple[Tensor], view: View, dtype: torch.dtype, stride: list[int], padding: list[int],
+    dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
+) -> Problem | str:  # fmt: skip
+    """The op as `dispatch.choose` takes it."""
+    dims = len(stride)
+    if dims > 2:
+        return "convolutions of three dimensions have no fused kernel"
+    x, kernel, (inputs, outputs) = xs[0], view.shape[2:], _channels(view, transposed, groups)
+    image = output_size(x.shape[-dims:], kernel, stride, padding, dilation, output_padding, transposed)
+    batch = x.shape[0] if x.dim() == dims + 2 else 1
+    there, back = batch * prod(image), batch * prod(x.shape[-dims:])
+    if not there * back * view.count:
+        return "an empty batch"
+    inner = view.shape[view.order[-1]]
+    kind = "depthwise" if groups == inputs == outputs and groups > 1 else "conv"
+    if direction == "input_grad":
+        sides = {"outputs": inputs // groups, "positions": back, "terms": outputs // groups}
+    else:
+        positions = back if direction == "state_grad" and transposed else there
+        sides = {"outputs": outputs // groups, "positions": positions, "terms": inputs // groups}
+    if kind == "depthwise":
+        sides |= {"outputs": outputs, "terms": 1}
+    return Problem(
+        op=kind, direction=direction, **sides, taps=prod(kernel), weights=view.count,
+        step=gcd(64, inner, inner // groups if transposed else 0), dtype=dtype,
+    )  # fmt: skip
+
+
+def _channels(view: View, transposed: bool, groups: int) -> tuple[int, int]:
+    """(inputs, outputs) of all groups."""
+    first, second = view.shape[:2]
+    return (first, second * groups) if transposed else (second * groups, first)
+
+
+def output_size(
+    image: Any, kernel: Any, stride: Any, padding: Any, dilation: Any, output_padding: Any, transposed: bool
+) -> list[int]:
+    """The spatial shape of the output."""
+    found = []
+    for n, k, s, p, d, o in zip(image, kernel, stride, padding, dilation, output_padding, strict=True):
+        reach = d * (k - 1) + 1
+        found.append((n - 1) * s - 2 * p + reach + o if transposed else (n + 2 * p - reach) // s + 1)
+    return found
+
+
 define_staged_op(
     DenseOp(
         name="conv",
@@ -75,8 +126,11 @@ define_staged_op(
         weight_grad=conv_weight_grad,
         bias_grad=conv_bias_grad,
         flops=conv_flops,
+        fused="fxrpg.kernels.fused.conv_op",
+        problem=conv_problem,
     )
 )
+define_epilogue_op("conv", channel_axis=lambda stride, *_: -1 - len(stride), layers=(*CONV_LAYERS, *TRANSPOSED_LAYERS))
 
 
 def transposed_role(shape: tuple[int, ...], *_: Any) -> Role:
@@ -149,7 +203,7 @@ def _pad_same(input: Any, kernel: tuple[int, ...], dilation: list[int]) -> tuple
     return input, [t // 2 for t in total]
 
 
-@compiles(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@compiles(*CONV_LAYERS)
 def conv_layer(layer: Any, weight: Generated, input: Tensor) -> Tensor:
     padding = layer.padding
     if layer.padding_mode != "zeros":
@@ -157,7 +211,7 @@ def conv_layer(layer: Any, weight: Generated, input: Tensor) -> Tensor:
     return conv(input, weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
 
 
-@compiles(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@compiles(*TRANSPOSED_LAYERS)
 def conv_transpose_layer(layer: Any, weight: Generated, input: Tensor, output_size: list[int] | None = None) -> Tensor:
     dims = len(layer.kernel_size)
     output_padding = layer._output_padding(

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxrpg.dispatch import Problem
 from fxrpg.errors import FxrpgError
 from fxrpg.lowering import Generated, compiles, lowers
 from fxrpg.roles import embedding_role
 from fxrpg.staging import DenseOp, define_staged_op
+from fxrpg.view import View
 
 aten = torch.ops.aten
 
@@ -27,6 +29,18 @@ def embedding_weight_grad(
     return aten.embedding_dense_backward.default(grad, xs[0], shape[0], padding_idx, scale_grad_by_freq)
 
 
+def embedding_problem(
+    direction: str, xs: tuple[Tensor], view: View, dtype: torch.dtype, padding_idx: int, scale_grad_by_freq: bool
+) -> Problem | str:
+    """The op as `dispatch.choose` takes it."""
+    if not xs[0].numel():
+        return "an empty batch"
+    if view.order != (0, 1):
+        return "the weight is no table in rows"
+    sides = {"outputs": view.shape[1], "positions": xs[0].numel(), "terms": 1}
+    return Problem(op="embedding", direction=direction, **sides, weights=view.count, step=64, dtype=dtype)
+
+
 define_staged_op(
     DenseOp(
         name="embedding",
@@ -34,6 +48,8 @@ define_staged_op(
         config="int padding_idx, bool scale_grad_by_freq",
         forward=embedding_ref,
         weight_grad=embedding_weight_grad,
+        fused="fxrpg.kernels.fused.embedding_op",
+        problem=embedding_problem,
         autocast="state",
     )
 )

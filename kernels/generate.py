@@ -11,9 +11,17 @@ import torch.fx.traceback as traceback
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxrpg.generator import View
-from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight, tangent_weight, weight_dtype
+from fxrpg.lowering import (
+    accumulate_gradient,
+    current_mode,
+    generate_weight,
+    lowering_mode,
+    plain_weight,
+    tangent_weight,
+    weight_dtype,
+)
 from fxrpg.staging import LIBRARY, autograd_kernel
+from fxrpg.view import View
 
 LIBRARY.define("generate(Tensor state, Tensor scale, str view) -> Tensor")
 LIBRARY.define("accumulate(Tensor grad, Tensor state, Tensor scale, str view) -> Tensor")
@@ -63,10 +71,12 @@ def _generate(state: Tensor, scale: Tensor, view: str) -> Tensor:
 def _save_generate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     state, scale, ctx.view = inputs
     ctx.save_for_backward(state, scale)  # never the weight
+    ctx.mode = current_mode()  # backward may run in a thread of autograd's own
 
 
 def _differentiate_generate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return torch.ops.fxrpg.accumulate.default(grad, *ctx.saved_tensors, ctx.view), None, None
+    with lowering_mode(ctx.mode):
+        return torch.ops.fxrpg.accumulate.default(grad, *ctx.saved_tensors, ctx.view), None, None
 
 
 def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxrpg.dispatch import Problem
+from fxrpg.epilogue import define_epilogue_op
 from fxrpg.lowering import Generated, NotLowered, compiles, dims_of, lowers
 from fxrpg.roles import Role, linear_role
 from fxrpg.staging import DenseOp, define_staged_op
+from fxrpg.view import View
 
 aten = torch.ops.aten
 
@@ -39,6 +42,26 @@ def linear_flops(xs: list, weight: tuple[int, ...], out: tuple[int, ...], transp
     return 2 * prod(out) * xs[0][-1]
 
 
+def reads_columns(view: View, transposed: bool) -> bool:
+    """Whether the columns of the weight as a matrix in logical order meet those of x; else its rows do."""
+    return (view.order == (0, 1)) != transposed
+
+
+def linear_problem(
+    direction: str, xs: tuple[Tensor], view: View, dtype: torch.dtype, transposed: bool
+) -> Problem | str:
+    """The op as `dispatch.choose` takes it."""
+    rows, columns = view.count // view.fan_in, view.fan_in
+    positions = xs[0].numel() // xs[0].shape[-1] if xs[0].shape[-1] else 0
+    if not positions:
+        return "an empty batch"
+    if direction == "state_grad" or reads_columns(view, transposed) == (direction == "forward"):
+        sides = {"outputs": rows, "positions": positions, "terms": columns}
+    else:
+        sides = {"outputs": columns, "positions": positions, "terms": rows}
+    return Problem(op="linear", direction=direction, **sides, weights=view.count, step=64, dtype=dtype)
+
+
 define_staged_op(
     DenseOp(
         name="linear",
@@ -49,8 +72,11 @@ define_staged_op(
         weight_grad=linear_weight_grad,
         bias_grad=linear_bias_grad,
         flops=linear_flops,
+        fused="fxrpg.kernels.fused.linear",
+        problem=linear_problem,
     )
 )
+define_epilogue_op("linear", channel_axis=lambda *config: -1, layers=(nn.Linear,))
 
 
 def product_role(shape: tuple[int, ...], transposed: bool, *_: Any) -> Role:

@@ -9,10 +9,10 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxrpg.generator import View
 from fxrpg.handle import handle_of
 from fxrpg.lowering import LOWERINGS, Generated, NotLowered, Rule, current_mode
 from fxrpg.staging import DENSE_OPS
+from fxrpg.view import View
 
 aten = torch.ops.aten
 GENERATE = torch.ops.fxrpg.generate.default

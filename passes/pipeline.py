@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 import torch.fx as fx
 from torch import nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
+from fxrpg.epilogue import EPILOGUES
+from fxrpg.folding import epilogue_of_norm
 from fxrpg.handle import handle_of
 from fxrpg.lowering import Rule
+from fxrpg.passes.epilogue import fuse_epilogues
 from fxrpg.passes.lower import GENERATE, OP, REASONS, lower, rule_for, transposes_matrix
 from fxrpg.passes.normalise import normalise
 from fxrpg.passes.parametrize import parametrize
@@ -54,15 +58,24 @@ def _parameter(gm: fx.GraphModule, name: str) -> nn.Parameter | None:
 
 def rewrite(gm: fx.GraphModule, plan: Plan, trace: Trace) -> None:
     """Rewrite the graph of `gm`, which holds the state already, in place."""
-    PassManager(passes=[normalise(plan), parametrize(plan), lower, strip(plan, trace)])(gm)
+    PassManager(passes=[normalise(plan), parametrize(plan), lower, fuse_epilogues, strip(plan, trace)])(gm)
     names = {view.text: name for name, view in plan.views.items()}
     for node in gm.graph.nodes:
         if node.target is GENERATE:
             for user in node.users:
                 trace.note(names[node.args[2]], "staged", user.meta[OP], way="graph")
-        elif node.target in DENSE_OPS:
-            view = node.args[len(DENSE_OPS[node.target].inputs) + 3]
+        elif view := _view_of(node):
             trace.note(names[view], "staged", node.meta[OP], way="graph")
         elif node.target is handle_of:
             for op, reason in node.meta[REASONS].items():
                 trace.note(node.args[3], "materialized", op, reason, way="graph")
+
+
+def _view_of(node: fx.Node) -> str | None:
+    """The view that a lowered node generates its weight from."""
+    target, args = node.target, node.args
+    if target is epilogue_of_norm:
+        target, args = getattr(torch.ops.fxrpg, args[0]).default, args[3:]  # type: ignore[arg-type]
+    place = {op: len(dense.inputs) + 3 for op, dense in DENSE_OPS.items()}
+    place |= {epilogue.op: epilogue.view_at for epilogue in EPILOGUES.values()}
+    return args[place[target]] if target in place else None  # type: ignore[return-value]

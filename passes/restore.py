@@ -10,9 +10,10 @@ import torch.fx as fx
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxrpg.generator import View
 from fxrpg.handle import handle_of
+from fxrpg.passes.epilogue import separate_epilogues
 from fxrpg.staging import DENSE_OPS
+from fxrpg.view import View
 
 
 def restore(weights: Mapping[int, str]) -> Callable[[fx.GraphModule], PassResult]:
@@ -23,7 +24,7 @@ def restore(weights: Mapping[int, str]) -> Callable[[fx.GraphModule], PassResult
     """
 
     def restore_graph(gm: fx.GraphModule) -> PassResult:
-        changed = False
+        changed = separate_epilogues(gm).modified
         tracer = fx.proxy.GraphAppendingTracer(gm.graph)
         full = (handle_of, torch.ops.fxrpg.generate.default)
         for node in [node for target in full for node in gm.graph.find_nodes(op="call_function", target=target)]:

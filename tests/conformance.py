@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxrpg.generator import Generator, View
+from fxrpg.generator import Generator
 from fxrpg.generators.pemn import Pemn
 from fxrpg.generators.pranc import Pranc
 from fxrpg.generators.ring import Ring
 from fxrpg.lowering import LOWERINGS, Generated, encode_scales
+from fxrpg.view import View
 
 GENERATORS: dict[str, list[Generator]] = {
     "ring": [

@@ -7,6 +7,8 @@ import torch
 from hypothesis import settings
 from threads import threads
 
+from fxrpg.device import interpreted
+
 settings.register_profile("fxrpg", deadline=None, derandomize=True)
 settings.load_profile("fxrpg")
 
@@ -19,8 +21,12 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` need a CUDA device."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run where torch.cuda.is_available()"))
+    """Tests marked `gpu` need a CUDA device; those marked `kernels` run there too, and in Triton's interpreter."""
+    there = torch.cuda.is_available()
+    for item in items:
+        if "kernels" in item.keywords and there:
+            item.add_marker(pytest.mark.gpu)
+        elif "kernels" in item.keywords and not interpreted():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device or TRITON_INTERPRET=1 (`make test` sets it)"))
+        elif "gpu" in item.keywords and not there:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run where torch.cuda.is_available()"))

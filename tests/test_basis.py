@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fxrpg import Pranc, basis
 from fxrpg.basis import LAWS
-from fxrpg.fixed_point import fixed_point
-from fxrpg.generator import View
+from fxrpg.fixed_point import COEFFICIENT_BITS, GRADIENT_BITS, fixed_point
 from fxrpg.hashing import COLUMN, ROW, crossed_words, random_words, words_at
+from fxrpg.view import View
 
 CPU = torch.device("cpu")
 MASK = 0xFFFFFFFF
@@ -94,10 +94,10 @@ def slow_vectors(view: View) -> np.ndarray:
     return np.array([[value(i, k) for i in range(view.count)] for k in range(view.size)], dtype=object)
 
 
-def slow_sums(alphas: Tensor, values: np.ndarray) -> list[float]:
-    """sum_k alpha_k v_ik for alphas rounded to whole numbers of 31 bits of the largest (62 for float64)."""
+def slow_sums(alphas: Tensor, values: np.ndarray, kept: int = COEFFICIENT_BITS) -> list[float]:
+    """sum_k alpha_k v_ik for alphas rounded to whole numbers of so many bits of the largest (twice as many for float64)."""
     exact = [Fraction(a) for a in alphas.to(torch.float64).tolist()]
-    exponent = math.frexp(float(max(map(abs, exact))))[1] - (62 if alphas.dtype == torch.float64 else 31)
+    exponent = math.frexp(float(max(map(abs, exact))))[1] - kept * (2 if alphas.dtype == torch.float64 else 1)
     unit = Fraction(2) ** exponent
     whole = np.array([round(a / unit) for a in exact], dtype=object)
     return [float(total * unit) for total in whole @ values]
@@ -202,14 +202,30 @@ def test_weights_are_integer_sums_rounded_once(law, data):
         assert torch.equal(found, expected.to(out))
 
 
+@EVERY_LAW
+@EXAMPLES
+@given(data=st.data())
+def test_gradients_are_integer_sums_rounded_once(law, data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    order = tuple(data.draw(st.permutations(range(len(shape)))))
+    view = view_of(law, shape, data.draw(st.integers(1, 100)), order)
+    some = data.draw(st.lists(FLOATS[torch.float32], min_size=1, max_size=20))
+    grad = torch.tensor(some).repeat(view.count)[: view.count]
+    found = view.generator.accumulate(view.from_logical(grad), torch.ones(view.size), view)
+    values = vectors(view).numpy().astype(object).T
+    sums = torch.tensor(slow_sums(grad, values, GRADIENT_BITS), dtype=torch.float64)
+    assert torch.equal(found, (sums / LAWS[law].deviation).float())
+
+
 @EXAMPLES
 @given(data=st.data())
 def test_fixed_point_leaves_room_for_every_sum(data):
+    bits = data.draw(st.sampled_from([COEFFICIENT_BITS, GRADIENT_BITS]))
     dtype, law = data.draw(st.sampled_from(DTYPES)), LAWS[data.draw(st.sampled_from(list(LAWS)))]
     some = data.draw(st.lists(FLOATS[dtype], min_size=1, max_size=8))
     size = data.draw(st.sampled_from([1, 2, 3, 64, 65, 10_000, 100_000]))
     alphas = torch.tensor(some, dtype=torch.float64).to(dtype).repeat(-(-size // len(some)))[:size]
-    limbs, weights = fixed_point(alphas, law.bits)
+    limbs, weights = fixed_point(alphas, law.bits, bits)
     assert torch.equal(limbs, limbs.round())
     assert limbs.abs().amax() * size * 2.0**law.bits <= 2.0**53
     assert bool((torch.frexp(weights)[0] == 0.5).all())
@@ -219,7 +235,7 @@ def test_fixed_point_leaves_room_for_every_sum(data):
     for found, alpha in zip(kept, alphas[:8].to(torch.float64).tolist(), strict=True):
         assert abs(found - Fraction(alpha)) <= unit / 2
     if (largest := alphas.abs().max().item()) > 2.0**-900:
-        assert unit * 2 ** (62 if dtype == torch.float64 else 31) <= 2 * Fraction(largest)
+        assert unit * 2 ** (bits * (2 if dtype == torch.float64 else 1)) <= 2 * Fraction(largest)
 
 
 def test_values_lie_within_their_bits():
@@ -237,6 +253,15 @@ def test_broken_alphas_break_every_weight(law, dtype, bad):
     alphas = alphas_of(40, dtype=dtype)
     alphas[17] = bad
     assert bool(view.generator.materialize(alphas, view, dtype).isnan().all())
+
+
+@EVERY_LAW
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_broken_gradients_break_every_coefficient(law, dtype, bad):
+    view, grad = view_of(law, (3, 5), 40), torch.ones(3, 5, dtype=dtype)
+    grad[1, 2] = bad
+    assert bool(view.generator.accumulate(grad, torch.ones(40), view).isnan().all())
 
 
 @EVERY_LAW
@@ -321,18 +346,25 @@ def test_chunks_change_no_bit(law, chunk, monkeypatch):
     weight = view.generator.materialize(alphas, view, torch.float32)
     gradient = view.generator.accumulate(grad, alphas, view)
     monkeypatch.setattr(basis, "CHUNK", chunk)
+    monkeypatch.setattr(basis, "_BINNED", 3)
     assert torch.equal(view.generator.materialize(alphas, view, torch.float32), weight)
-    torch.testing.assert_close(view.generator.accumulate(grad, alphas, view), gradient, rtol=1e-12, atol=1e-12)
+    assert torch.equal(view.generator.accumulate(grad, alphas, view), gradient)
+    narrow = view.generator.accumulate(grad.float(), alphas, view)
+    monkeypatch.undo()
+    assert torch.equal(view.generator.accumulate(grad.float(), alphas, view), narrow)
 
 
 @EVERY_LAW
 def test_threads_change_no_bit(law):
     view = view_of(law, (120, 130), 150)
-    alphas, found = alphas_of(150), []
+    alphas, weights, gradients = alphas_of(150), [], []
+    grad = alphas_of(view.count, 1).view(view.shape)
     for count in (1, 2):
         with threads(count):
-            found.append(view.generator.materialize(alphas, view, torch.float32))
-    assert torch.equal(*found)
+            weights.append(view.generator.materialize(alphas, view, torch.float32))
+            gradients.append(view.generator.accumulate(grad, alphas, view))
+    assert torch.equal(*weights)
+    assert torch.equal(*gradients)
 
 
 @EVERY_LAW

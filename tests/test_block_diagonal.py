@@ -13,7 +13,7 @@ from torch import nn
 
 import fxrpg
 from fxrpg.assemble import plan_of, weight_of
-from fxrpg.generator import View
+from fxrpg.view import View
 
 RING = fxrpg.Ring(block=1, layout="block_diagonal")
 

@@ -19,7 +19,7 @@ from fxrpg import checkpoint, cli, demo
 from fxrpg.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "explain", "info", "pack", "unpack", "verify")
+COMMANDS = ("demo", "explain", "info", "pack", "unpack", "verify", "bench")
 MODULE = "models_of_a_user"
 SOURCE = """
 import sys
@@ -458,6 +458,10 @@ def test_bad_option(command, option, value, message, mistake):
         (("demo", "--epochs", "0"), "demo, epochs: must be 1 or more"),
         (("demo", "--seeds", "-2"), "demo, seeds: must be 1 or more"),
         (("demo", "--out", f"{MODULE}.py"), "File exists"),
+        (("bench", "--only", "nothing", "--device", "cpu"), "--only: must match a case, found 'nothing'"),
+        (("bench", "--device", "banana"), "--device: must be a device of torch, found 'banana'"),
+        (("bench", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+        (("bench", "--seconds", "x"), "argument --seconds: invalid float value"),
     ],
 )
 def test_bad_arguments(argv, message, mistake):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,12 +15,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = [
-    ".".join(("fxrpg", *path.relative_to(ROOT / "fxrpg").with_suffix("").parts))
-    for folder in ("", "generators", "kernels", "passes")
-    for path in sorted((ROOT / "fxrpg" / folder).glob("*.py"))
-    if not path.name.startswith("__")
-]
+
+
+def modules(*folders: str) -> list[str]:
+    """The modules that lie in folders of the package."""
+    return [
+        ".".join(("fxrpg", *path.relative_to(ROOT / "fxrpg").with_suffix("").parts))
+        for folder in folders
+        for path in sorted((ROOT / "fxrpg" / folder).glob("*.py"))
+        if not path.name.startswith("__")
+    ]
+
+
+MODULES = modules("", "generators", "kernels", "passes")
+KERNELS = modules("tiles", "kernels/fused")
+"""They need Triton."""
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 def python(code: str, *args: str, **env: str) -> str:
@@ -57,6 +68,18 @@ except fxrpg.FxrpgError as e: print(e)
     out = python(code, json.dumps([name for name in MODULES if not name.endswith("demo")]))
     assert "needs the package triton" in out
     assert "pip install triton" in out
+
+
+@pytest.mark.skipif(not TRITON, reason="imports kernels; needs the package triton (Linux)")
+def test_importing_kernels_makes_no_cuda_query():
+    code = """
+import importlib, json, sys, torch, triton
+def refuse(*args, **kwargs): raise AssertionError("CUDA was asked")
+for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_capability"):
+    setattr(torch.cuda, name, refuse)
+for name in json.loads(sys.argv[1]): importlib.import_module(name)
+"""
+    python(code, json.dumps(KERNELS))
 
 
 def test_quiet_when_used():
@@ -109,14 +132,18 @@ import fxrpg, torch
 for name in json.loads(sys.argv[3]): importlib.import_module(name)
 model = fxrpg.transform(torch.nn.Linear(3, 5), dof=4, plan=[fxrpg.Rule("*", "generate")])
 model(torch.randn(2, 3))
+from fxrpg.dispatch import CONFIGS, cards
+assert {card.name for card in cards()} == set(json.loads(sys.argv[4])), CONFIGS
 print(fxrpg.__file__)
 """
+CARDS = [path.stem for path in (ROOT / "kernels" / "configs").glob("*.json")]
 
 
 def installed_from(folder: Path) -> str:
     """Where fxrpg comes from with `folder` as a site directory. The environment's own packages are on the path, but its
     .pth files, by which the project itself may be installed there, are not read (-S)."""
-    arguments = [str(folder), json.dumps(site.getsitepackages()), json.dumps(MODULES)]
+    arguments = [str(folder), json.dumps(site.getsitepackages())]
+    arguments += [json.dumps(MODULES + KERNELS * TRITON), json.dumps(CARDS)]
     command = [sys.executable, "-I", "-S", "-c", CHECK, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -129,8 +156,10 @@ def test_sdist_and_wheel(checkout, tmp_path):
     (wheel,), (_sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    for module in MODULES:
-        assert module.replace(".", "/") + ".py" in names
+    assert CARDS
+    held = [module.replace(".", "/") + ".py" for module in MODULES + KERNELS]
+    held += [f"fxrpg/kernels/configs/{card}.json" for card in CARDS]
+    assert not set(held) - names
     assert "fxrpg/py.typed" in names
     assert not any(name.startswith(("kernels/", "passes/", "tests/")) for name in names), "no top-level `kernels`"
     target = tmp_path / "site"

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxrpg import Pemn
-from fxrpg.generator import View
 from fxrpg.packing import codes_of, pack_bits, pack_quantised, packed_size, read_quantised, steps_of, unpack_bits
+from fxrpg.view import View
 
 
 def fixed(seed: int) -> torch.Generator:

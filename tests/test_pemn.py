@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import fxrpg
 from fxrpg import FxrpgError, Pemn
 from fxrpg.assemble import plan_of, weight_of
-from fxrpg.generator import View
 from fxrpg.hashing import PERMUTE, Bijection
 from fxrpg.lowering import scale_of
+from fxrpg.view import View
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -298,6 +298,25 @@ def test_broken_scores_are_the_largest():
     method = Pemn(keep=0.5)
     scores = torch.tensor([[1.0, 2.0, math.nan, 3.0]])
     assert method.mask(scores, view_of(method, (1, 4))).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("threshold", ["layer", "global"])
+@pytest.mark.parametrize("levels", [0, 1, 3])
+def test_three_numbers_stand_for_a_mask(threshold, levels):
+    """What kernels are given: they find the mask of any entry alone."""
+    method = Pemn(threshold=threshold, keep=0.3)
+    view = view_of(method, (4, 3, 2, 2), total=48)
+    scores = torch.randn(method.state_shape(view), generator=torch.Generator().manual_seed(2))
+    scores = (scores * levels).round() if levels else scores
+    entries = view.to_logical(scores) if method.local else scores
+    least, last, rest = method.bounds(scores, view).tolist()
+    sizes = entries.abs().tolist()
+    kept = [size > least or (size == least and i <= last) for i, size in enumerate(sizes)]
+    assert method.mask(scores, view).tolist() == kept
+    assert sum(kept) == math.floor(0.3 * 48 + 0.5)
+    assert rest == 0
+    scores.view(-1)[5] = math.nan
+    assert math.isnan(method.bounds(scores, view)[2])
 
 
 @EVERY_VARIANT

@@ -34,7 +34,7 @@ def test_python_block(number, tmp_path):
 
 
 def test_there_are_python_blocks():
-    assert len(PYTHON) == 7
+    assert len(PYTHON) == 8
     assert PYTHON[0].count("\n") <= 16
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import fxrpg
 from fxrpg import Ring
-from fxrpg.generator import View
 from fxrpg.generators.ring import BLOCKS
 from fxrpg.hashing import CELL, INIT, PERMUTE, SIGN, Bijection, near_normal, random_words
 from fxrpg.plan import candidates, choose
 from fxrpg.scopes import lay_out
+from fxrpg.view import View
 
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=150)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

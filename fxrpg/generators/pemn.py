@@ -6,6 +6,7 @@ scores are those of "What's Hidden in a Randomly Weighted Neural Network?", arXi
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View
+from fxrpg.generator import Generator
 from fxrpg.hashing import PERMUTE, PROTOTYPE, SCORE, Bijection, near_normal, random_words
 from fxrpg.packing import pack_bits, unpack_bits
 from fxrpg.straight_through import straight_through
+from fxrpg.view import Form, View
 
 PROTOTYPES = ("random_padding", "one_layer")
 VALUES = ("normal", "signed_constant")
@@ -119,6 +121,18 @@ class Pemn(Generator):
     def frozen_shape(self, view: View) -> tuple[int, ...]:
         return (-(-math.prod(self.state_shape(view)) // 8),)
 
+    def form(
+        self, state: Tensor, view: View, step: int, dtype: torch.dtype | None = None, tables: bool = False
+    ) -> Form:
+        return importlib.import_module("fxrpg.tiles.pemn").pemn_form(state, view, step, dtype)
+
+    def cost(self, view: View, step: int) -> str:
+        return "table" if step % 32 == 0 and view.fan_in % 32 == 0 and not self.permuted else "element"
+
+    def kernel_state(self, state: Tensor, view: View) -> Tensor:
+        state = state.detach().contiguous()  # kernels read packed bits by whole words
+        return state.clone() if state.dtype == torch.uint8 and state.data_ptr() % 4 else state
+
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
         # scores that are not finite are not hidden: what they drop is NaN
         rest = (0 * state.detach()).sum(dtype=torch.float64) if state.is_floating_point() else 0.0
@@ -166,11 +180,11 @@ class Pemn(Generator):
     def fixed_values(self, view: View, device: torch.device) -> Tensor:
         """The weight's fixed values before any mask, of unit deviation, float64 [count] in logical order."""
         if self.prototype == "one_layer":
-            return self._prototype(view.count, view.seed, *view.shape).to(device)
+            return self.drawn(view.count, view.seed, *view.shape, device=device)
         index, needed = torch.arange(view.count, device=device), min(view.size, view.count)
         if self.permuted:
             index, needed = Bijection.keyed(view.total, view.seed, PERMUTE)(index), view.size
-        return self._prototype(needed, view.seed).to(device)[index % view.size]
+        return self.drawn(needed, view.seed, device=device)[index % view.size]
 
     def mask(self, state: Tensor, view: View) -> Tensor:
         """Which entries the weight keeps, from scores or packed bits: bool [count] in logical order."""
@@ -182,19 +196,43 @@ class Pemn(Generator):
 
     def _mask(self, scores: Tensor) -> Tensor:
         """Exactly round(keep * n) entries of largest magnitude, NaN the largest of all: a selection, never a sort."""
-        count = kept_of(self.keep, scores.numel())
-        sizes = torch.nan_to_num(scores.abs(), nan=math.inf, posinf=math.inf)
-        least = torch.topk(sizes, count, sorted=False).values.amin()  # not kthvalue: CUDA's is not deterministic
-        mask = sizes > least
-        ties = sizes == least
-        return mask | (ties & (ties.cumsum(0) <= count - mask.sum()))
+        sizes = _sizes(scores)
+        _, least, last = self._selection(sizes)
+        index = torch.arange(len(sizes), device=sizes.device)
+        return (sizes > least) | ((sizes == least) & (index <= last))
 
-    def _prototype(self, count: int, seed: int, *labels: int) -> Tensor:
-        """`count` values of the prototype: float64, on the CPU."""
+    def _selection(self, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which sizes are kept, without waiting for the device: (the largest, the least kept, the last kept one of those).
+
+        Returns:
+            Two tensors [] of the type of `sizes`, and an index, int64 [].
+        """
+        count = kept_of(self.keep, len(sizes))
+        kept = torch.topk(sizes, count, sorted=False).values  # not kthvalue: CUDA's is not deterministic
+        least = kept.amin()
+        ties = (sizes == least).cumsum(0)
+        return kept.amax(), least, torch.searchsorted(ties, count - (sizes > least).sum())
+
+    def bounds(self, scores: Tensor, view: View) -> Tensor:
+        """What `mask` compares with, and what takes the place of dropped values, for kernels: float64 [3], on the device.
+
+        Args:
+            scores: of `state_shape`.
+
+        Returns:
+            The least size that is kept, the last entry of that size that is (in logical order), and zero, or NaN where
+            scores are not finite.
+        """
+        largest, least, last = self._selection(_sizes(view.to_logical(scores) if self.local else scores))
+        rest = torch.where(largest == math.inf, math.nan, 0.0)
+        return torch.stack([least.double(), last.double(), rest.double()])
+
+    def drawn(self, count: int, seed: int, *labels: int, device: torch.device) -> Tensor:
+        """`count` values of the prototype, float64."""
         if self.values == "normal":
-            return near_normal(count, seed, PROTOTYPE, *labels)
-        words = random_words(0, -(-count // 32), seed, PROTOTYPE, *labels)
-        bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device="cpu") & 1).view(-1)[:count]
+            return near_normal(count, seed, PROTOTYPE, *labels, device=device)
+        words = random_words(0, -(-count // 32), seed, PROTOTYPE, *labels, device=device)
+        bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=device) & 1).view(-1)[:count]
         return 1 - 2 * bits.to(torch.float64)
 
     def _first_scores(self, view: View) -> Tensor:
@@ -205,3 +243,8 @@ class Pemn(Generator):
 def kept_of(keep: float, count: int) -> int:
     """round(keep * count), halves up, within 1 .. count."""
     return min(max(math.floor(keep * count + 0.5), 1), count)
+
+
+def _sizes(scores: Tensor) -> Tensor:
+    """Magnitudes in one row; those that are not finite are all the same."""
+    return torch.nan_to_num(scores.detach().abs().view(-1), nan=math.inf, posinf=math.inf)

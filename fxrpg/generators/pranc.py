@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fxrpg.basis import LAWS
 from fxrpg.errors import FxrpgError
-from fxrpg.fixed_point import fixed_point
-from fxrpg.generator import Generator, View
+from fxrpg.fixed_point import GRADIENT_BITS, fixed_point, from_parts
+from fxrpg.generator import Generator
 from fxrpg.straight_through import straight_through
+from fxrpg.view import View
 
 MANY_DRAWS = 10**11
 
@@ -42,6 +43,7 @@ class Pranc(Generator):
 
     method: ClassVar[str] = "pranc"
     state_name: ClassVar[str] = "fxrpg_alpha"
+    pair: ClassVar[str] = "fxrpg.kernels.fused.pranc"
 
     law: str = "rademacher"
     norms: bool = False
@@ -77,11 +79,8 @@ class Pranc(Generator):
         values = torch.empty(view.count, dtype=dtype, device=state.device)
         first = 0
         for sums in law.combine(limbs, view):
-            total, *parts = (sums * weights).flip(0)
-            for part in parts:  # the smallest first, in one order everywhere
-                total = total + part
-            values[first : first + len(total)] = total / law.deviation
-            first += len(total)
+            values[first : first + sums.shape[1]] = _divided(from_parts(sums, weights), law.deviation)
+            first += sums.shape[1]
         return view.from_logical(values)
 
     def reference(self, state: Tensor, view: View) -> Tensor:
@@ -93,7 +92,8 @@ class Pranc(Generator):
 
     def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
         law = LAWS[self.law]
-        found = law.project(view.to_logical(grad), view, view.size) / law.deviation
+        limbs, weights = fixed_point(view.to_logical(grad), law.bits, GRADIENT_BITS)
+        found = _divided(from_parts(law.project(limbs, view, view.size), weights), law.deviation)
         return (found * (state != 0) if self.sparse else found).to(grad.dtype)
 
     def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
@@ -110,3 +110,8 @@ class Pranc(Generator):
                 f"(more than {MANY_DRAWS:.0e}): Pranc(law='khatri_rao') draws fewer, and so does scope='layer'",
                 stacklevel=3,
             )
+
+
+def _divided(values: Tensor, deviation: float) -> Tensor:
+    """`values` / `deviation`, rounded once: by a number that is not a tensor of theirs, a GPU would multiply by its inverse."""
+    return values if deviation == 1 else values / torch.full((), deviation, dtype=values.dtype, device=values.device)

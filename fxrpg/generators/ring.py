@@ -6,6 +6,7 @@ Recurrent Parameter Generators, arXiv:2107.07110, Eq. 1-3 and Section 3, "Even P
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
-from fxrpg.generator import Generator, View
+from fxrpg.generator import Generator
 from fxrpg.hashing import CELL, INIT, PERMUTE, SIGN, Bijection, near_normal, random_words, words_at
 from fxrpg.packing import codes_of, pack_quantised, packed_size, read_quantised, rounded, spread, steps_of
 from fxrpg.straight_through import straight_through
+from fxrpg.view import Form, View
 
 BLOCKS = (1, 8, 16, 32, 64)
 LAYOUTS = ("arc", "shuffle", "block_diagonal", "hash")
@@ -62,25 +64,20 @@ class Ring(Generator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.block) is not int or self.block not in BLOCKS:
-            raise FxrpgError("Ring(block=...)", f"must be one of {BLOCKS}", repr(self.block), "Pass one of them.")
-        if self.layout not in LAYOUTS:
-            raise FxrpgError("Ring(layout=...)", f"must be one of {LAYOUTS}", repr(self.layout), "Pass one of them.")
+        for name, allowed in (("block", BLOCKS), ("layout", LAYOUTS), ("bits", (8, 4, None))):
+            value = getattr(self, name)
+            text = "8, 4 or None" if name == "bits" else f"one of {allowed}"
+            if not any(type(value) is type(one) and value == one for one in allowed):
+                raise FxrpgError(f"Ring({name}=...)", f"must be {text}", repr(value), "Pass one of them.")
         if self.layout == "hash" and not self.permute:
-            raise FxrpgError(
-                "Ring(permute=False)",
-                "needs layout 'arc' or 'shuffle'",
-                "'hash'",
-                "A hash has no order to leave as it is.",
-            )
+            must, fix = "needs layout 'arc' or 'shuffle'", "A hash has no order to leave as it is."
+            raise FxrpgError("Ring(permute=False)", must, "'hash'", fix)
         if self.layout == "block_diagonal" and self.block != 1:
-            fix = "Pass Ring(layout='block_diagonal', block=1)."
-            raise FxrpgError("Ring(layout='block_diagonal')", "needs block=1", f"block={self.block}", fix)
-        if self.bits is not None and (type(self.bits) is not int or self.bits not in (4, 8)):
-            raise FxrpgError("Ring(bits=...)", "must be 8, 4 or None", repr(self.bits), "Pass one of them.")
+            found, fix = f"block={self.block}", "Pass Ring(layout='block_diagonal', block=1)."
+            raise FxrpgError("Ring(layout='block_diagonal')", "needs block=1", found, fix)
         if type(self.bits_block) is not int or self.bits_block < 0:
-            fix = "Pass such as 64."
-            raise FxrpgError("Ring(bits_block=...)", "must be an int of 0 or more", repr(self.bits_block), fix)
+            found = repr(self.bits_block)
+            raise FxrpgError("Ring(bits_block=...)", "must be an int of 0 or more", found, "Pass such as 64.")
 
     @property
     def granule(self) -> int:
@@ -103,6 +100,26 @@ class Ring(Generator):
         # A short ring would miss its deviation by chance: set it.
         found = rounded(values.square().mean().sqrt().item())
         return values * (unit / found) if found else torch.full_like(values, unit)
+
+    def form(
+        self, state: Tensor, view: View, step: int, dtype: torch.dtype | None = None, tables: bool = False
+    ) -> Form:
+        return importlib.import_module("fxrpg.tiles.ring").ring_form(self, state, view, step, tables)
+
+    def cost(self, view: View, step: int) -> str:
+        return "block" if self.block > 1 and self.aligned(view, step) and view.size % self.block == 0 else "element"
+
+    def aligned(self, view: View, step: int) -> bool:
+        """Whether tiles whose columns begin at multiples of `step` consist of whole runs, of a block or 32 elements."""
+        run = 32 if self.block in (1, 64) else self.block
+        return self.layout != "block_diagonal" and step % run == 0 and view.fan_in % run == 0
+
+    def kernel_state(self, state: Tensor, view: View) -> Tensor:
+        if state.dtype == torch.uint8:
+            assert self.bits is not None
+            cells = torch.arange(view.size, device=state.device)
+            return read_quantised(state, cells, view.size, self.bits, self._run(view.size))
+        return self._rounded(state).contiguous()
 
     def quantised(self, bits: int, block: int) -> Ring:
         return dataclasses.replace(self, bits=bits, bits_block=block)
@@ -137,8 +154,7 @@ class Ring(Generator):
         read = self._gathered(ring, view)
         if self.sparse:
             state = state * (state.detach() != 0)
-        if self.bits:
-            state = straight_through(self._rounded(state.detach()), state)
+        state = straight_through(self._rounded(state.detach()), state) if self.bits else state
         return state[read.abs().long() - 1] * read.sign().to(state.dtype)
 
     def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
@@ -204,9 +220,9 @@ class Ring(Generator):
         assert self.layout == "arc"
         size = state.numel()
         blocks = self._signed_blocks(grad, view)
-        if self.permute:
+        if bijection := self.bijection(view):
             place = torch.arange(blocks.shape[0], device=grad.device)
-            blocks = blocks.index_select(0, self._bijection(view).inverse(place))
+            blocks = blocks.index_select(0, bijection.inverse(place))
         lead = view.offset % size
         laps = -(-(lead + blocks.numel()) // size)
         rows = grad.new_zeros(laps * size)
@@ -227,12 +243,8 @@ class Ring(Generator):
             return (words * -(-size // self.block) >> 32) * self.block % size
         if self.layout == "block_diagonal":
             return self._filter_cells(view, size, blocks)
-        if not self.permute:
-            place = blocks + first
-        elif self.layout == "arc":
-            place = self._bijection(view)(blocks) + first
-        else:
-            place = self._bijection(view)(blocks + first)
+        permute = self.bijection(view) or (lambda place: place)
+        place = permute(blocks) + first if self.layout == "arc" else permute(blocks + first)
         return place * self.block % size
 
     def _filter_cells(self, view: View, size: int, elements: Tensor) -> Tensor:
@@ -243,14 +255,18 @@ class Ring(Generator):
         cell is used floor or ceil of its share of times; the cells skipped let sums over several weights differ by more.
         """
         length = view.fan_in
-        row = torch.div(elements, length, rounding_mode="floor")
-        column = elements - row * length
-        if self.permute:
-            column = Bijection.keyed(length, view.seed, PERMUTE, view.tensor)(column)
+        row, column = torch.div(elements, length, rounding_mode="floor"), elements % length
+        if bijection := self.bijection(view):
+            column = bijection(column)
         starts = size // math.gcd(length, size)  # filters until one starts where the first did
         return (view.offset + row * length + torch.div(row, starts, rounding_mode="floor") + column) % size
 
-    def _bijection(self, view: View) -> Bijection:
+    def bijection(self, view: View) -> Bijection | None:
+        """The permutation that the layout and the settings make of blocks, or of the columns of every filter."""
+        if not self.permute or self.layout == "hash":
+            return None
+        if self.layout == "block_diagonal":
+            return Bijection.keyed(view.fan_in, view.seed, PERMUTE, view.tensor)
         if self.layout == "arc":
             return Bijection.keyed(-(-view.count // self.block), view.seed, PERMUTE, view.tensor)
         return Bijection.keyed(view.total // self.block, view.seed, PERMUTE, _ALL_TENSORS)

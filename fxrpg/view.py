@@ -1,0 +1,135 @@
+"""Where one weight lies in a method's state (View), and what kernels are given of it (Form)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fxrpg.generator import Generator
+
+METHODS: dict[str, type[Generator]] = {}
+"""Every method by its name; a generator's file registers itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One weight as seen in the state. With the state and the layer's scale it is all that is needed to generate it.
+
+    Args:
+        generator: the method and its settings.
+        seed: 0 <= seed < 2^64.
+        tensor: id of the weight within its model; also its slot in the table of scales.
+        shape: PyTorch's shape of the weight.
+        order: axes of `shape` in logical order (out, kernel..., in), the fastest-running last.
+        offset: first position of the weight in the method's address space.
+        total: positions of all weights that share the state.
+        size: degrees of freedom of the state.
+        kept: of a weight whose channels were pruned, the indices left on each axis, () for all; `shape` is what is left.
+        original: its shape before that.
+    """
+
+    generator: Generator
+    seed: int
+    tensor: int
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    offset: int
+    total: int
+    size: int
+    kept: tuple[tuple[int, ...], ...] = ()
+    original: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def fan_in(self) -> int:
+        """Elements that feed one output."""
+        return self.count // self.shape[self.order[0]]
+
+    @functools.cached_property
+    def whole(self) -> View:
+        """The weight with all its channels, as the generator knows it."""
+        return dataclasses.replace(self, shape=self.original, kept=(), original=()) if self.kept else self
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The canonical string that an op receives."""
+        return json.dumps(self.fields(), sort_keys=True, separators=(",", ":"))
+
+    def fields(self) -> dict[str, Any]:
+        """Plain data, as written to files."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "generator"}
+        return data | {"method": self.generator.method, "settings": dataclasses.asdict(self.generator)}
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1 << 16)
+    def parse(text: str) -> View:
+        """The view that `text` stands for."""
+        data = json.loads(text)
+        generator = METHODS[data.pop("method")](**data.pop("settings"))
+        data |= {name: tuple(data[name]) for name in ("shape", "order", "original")}
+        return View(**data | {"generator": generator, "kept": tuple(map(tuple, data["kept"]))})
+
+    def narrowed(self, weight: Tensor) -> Tensor:
+        """The kept channels of a weight that has them all."""
+        for axis, kept in enumerate(self.kept):
+            if kept:
+                weight = weight.index_select(axis, torch.tensor(kept, device=weight.device))
+        return weight
+
+    def widened(self, grad: Tensor) -> Tensor:
+        """The adjoint of `narrowed`: zeros for the channels that are gone."""
+        for axis, kept in enumerate(self.kept):
+            if kept:
+                sides = list(grad.shape)
+                sides[axis] = self.original[axis]
+                grad = grad.new_zeros(sides).index_copy(axis, torch.tensor(kept, device=grad.device), grad)
+        return grad
+
+    def to_logical(self, weight: Tensor) -> Tensor:
+        """`weight` of `shape` as its elements in logical order, [count]."""
+        return weight.permute(self.order).reshape(-1)
+
+    def from_logical(self, values: Tensor) -> Tensor:
+        """The inverse of `to_logical`: of `shape`, with the strides of a fresh contiguous tensor."""
+        if self.order == tuple(range(len(self.order))):
+            return values.view(self.shape)
+        inverse = [self.order.index(axis) for axis in range(len(self.order))]
+        logical = values.view([self.shape[axis] for axis in self.order])
+        # not .contiguous(): a 1x1 kernel is contiguous as it is, with strides that a convolution reads as channels_last
+        return logical.permute(inverse).clone(memory_format=torch.contiguous_format)
+
+
+class Form(NamedTuple):
+    """A view as Triton kernels see it: the generator's device functions, and what they are given.
+
+    `begin(args, spec)` reads the view's numbers once a program, and what it returns goes as `form` to
+    `tile(rows, col0, WIDTH, form, spec, DTYPE)`, the unscaled values [rows, WIDTH] of rows and a run of columns of the
+    weight as a matrix (outputs by fan-in, in logical order), and to
+    `accumulate(grad, mask, rows, col0, WIDTH, form, spec)`, which adds such a tile's float32 gradient into `args[0]`,
+    the state: `into` puts the state's gradient in its place. Where sums can be had in a fixed order, `gather` is a pair:
+    `gather(grad, use, cell0, WIDTH, form, spec)`, what the uses numbered `use` of a run of the state's numbers add to
+    their gradient, and how many uses one number has at most.
+    """
+
+    begin: Any
+    tile: Any
+    accumulate: Any
+    args: tuple[Tensor, ...]
+    spec: Any
+    gather: tuple[Any, int] | None = None
+
+    def into(self, grad: Tensor) -> Form:
+        """The form for `accumulate`: `grad`, float32 and contiguous, of the state's shape, is what it adds to."""
+        return self._replace(args=(grad, *self.args[1:]))
