@@ -103,7 +103,7 @@ def _compared(card: str) -> Iterator[Case]:
         yield from (Case(**where, op=op, method=method) for method in METHODS)
         yield Case(**where, op=op, bits=32, tile=Tile(n=64, m=64, k=32), ieee=op == "conv")
     yield from (Case(**where, op="linear", tile=Tile(n=n, m=m, k=k)) for n, m, k in BY_SIZE)
-    small = Tile(n=64, m=64, k=16)
+    small = Tile(n=32, m=32, k=16)  # what dispatch takes by itself
     yield from (Case(**where, op="depthwise", direction=way, tile=small) for way in DIRECTIONS[:2])
     yield from (
         Case(**where, op=op, method=method, tile=None)

@@ -1,9 +1,8 @@
-"""What the bench leaves behind: one CSV file a machine, tables of it, and two pictures."""
+"""What the bench leaves behind in words: one CSV file a machine, and tables of it."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ COLUMNS = (
     "case", "device", "direction", "contestant", "status", "milliseconds", "spread", "ratio", "goal", "peak_mib", "bytes",
     "flops", "roofline", "dtype", "path", "timing", "commit", "torch", "triton", "date",
 )  # fmt: skip
-"""`ratio`: the time over that of the case's first contestant, the dense one, in the same run; `spread`: half the distance
+"""`ratio`: the time over that of the case's first contestant, its baseline, in the same run; `spread`: half the distance
 between the quartiles over the median; `roofline`: the least time that this machine could take, over the time taken;
 `timing`: "graph" (replays of a CUDA graph), "calls" (with what launching costs) or "host" (a CPU's clock)."""
+
+LEGEND = "The last columns: times the baseline's time (share of the roofline); below 1 is faster."
 
 KEY = ("case", "direction", "device", "dtype")
 """What a run replaces as a whole."""
@@ -58,6 +59,12 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def three_digits(value: str) -> str:
+    """A number of the CSV file as people are shown it, in the log as in the tables: "0.0408", "2.88", "11.7", "1234"."""
+    number = float(value)
+    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}".rstrip(".")
+
+
 def merged(before: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
     """The rows of a run in place of those of the same cases; what was skipped replaces only what was skipped before."""
     new: dict[tuple[str, ...], list[Row]] = {}
@@ -88,7 +95,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """What the machine does at most; then a table for each kind of case: the dense time, and ratios to it."""
+    """What the machine does at most; then a table for each kind of case: the baseline's time, and ratios to it."""
     parts = [_ceilings([row for row in rows if row["case"].startswith("ceiling/")])]
     kinds = dict.fromkeys(row["case"].partition("/")[0] for row in rows)
     parts += [
@@ -116,103 +123,35 @@ def _ceilings(rows: Sequence[Row]) -> str:
 
 
 def _ratios(rows: Sequence[Row]) -> str:
-    """One line a case and direction: milliseconds and percent of the roofline of the first contestant, ratios of others."""
+    """One line a case and direction: milliseconds and percent of the roofline of the baseline, ratios of others."""
     timed = [row for row in rows if row["milliseconds"]]
     cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in timed:
         cases.setdefault(tuple(row[name] for name in KEY), {})[row["contestant"]] = row
     if not cases:
         return ""
-    first = [next(iter(some)) for some in cases.values()]
-    names = list(dict.fromkeys(row["contestant"] for row in timed if row["contestant"] not in first))
+    first = [next(iter(some.values())) for some in cases.values()]
+    baselines = list(dict.fromkeys(row["contestant"] for row in first))
+    names = list(dict.fromkeys(row["contestant"] for row in timed if row["contestant"] not in baselines))
+    several = len(baselines) > 1  # else the header names the only one
     body = []
     for (case, direction, _device, dtype), some in cases.items():
         base = next(iter(some.values()))
-        line = [f"{case} {direction}", dtype, base["contestant"], base["milliseconds"], _percent(base)]
+        line = [f"{case} {direction}", dtype, *[base["contestant"]] * several]
+        line += [three_digits(base["milliseconds"]), _percent(base)]
         for name in names:
             found = some.get(name, {}).get("ratio")
-            line.append(f"{float(found):.2f} ({_percent(some[name])})" if found else "")
+            line.append(f"{three_digits(found)} ({_percent(some[name])})" if found else "")
         body.append(line)
-    headers = ["case", "type", "dense", "ms", "roofline", *names]
-    return tabulate(
-        body, headers, disable_numparse=True, colalign=("left", "left", "left", *["right"] * (2 + len(names)))
-    )
+    own = ["baseline", "ms"] if several else [f"{baselines[0]} (baseline), ms"]
+    headers = ["case", "type", *own, "roofline", *names]
+    sides = *["left"] * (2 + several), *["right"] * (2 + len(names))
+    table = tabulate(body, headers, disable_numparse=True, colalign=sides)
+    return f"{table}\n{LEGEND}" if names else table
 
 
 def _percent(row: Row) -> str:
-    return f"{100 * float(row['roofline']):.0f}%" if row["roofline"] else ""
-
-
-def plots(rows: Sequence[Row], folder: Path, machine: str) -> list[Path]:
-    """Write the roofline and the ratios as pictures. Returns their paths; none without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
-    timed = [row for row in rows if row["milliseconds"]]
-    paths = [folder / f"{machine}-roofline.png", folder / f"{machine}-ratios.png"]
-    _plot_roofline(timed, paths[0], machine)
-    _plot_ratios([row for row in timed if row["ratio"]], paths[1], machine)
-    return paths
-
-
-def _figure(width: float, height: float) -> Any:
-    """A figure without a screen: pyplot is not needed, and its backend not touched."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _plot_roofline(rows: Sequence[Row], path: Path, machine: str) -> None:
-    """Operations a second over operations a byte, under the ceilings that were measured."""
-    figure = _figure(9, 6)
-    axes = figure.subplots()
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["flops"] and row["bytes"] and not row["case"].startswith("ceiling/"):
-            place = float(row["flops"]) / float(row["bytes"]), float(row["flops"]) / float(row["milliseconds"]) * 1e3
-            points.setdefault(row["contestant"], []).append(place)
-    for name, some in points.items():
-        axes.plot(*zip(*some, strict=True), "o", label=name, markersize=4, alpha=0.7)
-    reach = [x for some in points.values() for x, _ in some] or [1.0]
-    for name, roof in _roofs(rows, min(reach) / 2, max(reach) * 2).items():
-        axes.plot(*roof, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second", title=machine)
-    if rows:
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def _roofs(rows: Sequence[Row], first: float, last: float) -> dict[str, tuple[list[float], list[float]]]:
-    """For each measured product: operations a second that it and the copy allow, over operations a byte."""
-    measured = [(row, float(row["milliseconds"]) / 1e3) for row in rows if row["case"].startswith("ceiling/")]
-    bandwidth = max((float(row["bytes"]) / seconds for row, seconds in measured if not row["flops"]), default=0.0)
-    found = {}
-    for row, seconds in measured:
-        if row["flops"] and bandwidth:
-            top = float(row["flops"]) / seconds
-            places = sorted([first, min(max(top / bandwidth, first), last), last])
-            found[row["case"].removeprefix("ceiling/")] = places, [min(top, x * bandwidth) for x in places]
-    return found
-
-
-def _plot_ratios(rows: Sequence[Row], path: Path, machine: str) -> None:
-    """Every contestant's time over the dense one's, a line for each case."""
-    lines = list(dict.fromkeys(f"{row['case']} {row['direction']}" for row in rows))
-    figure = _figure(9, 2 + 0.17 * len(lines))
-    axes = figure.subplots()
-    for name in dict.fromkeys(row["contestant"] for row in rows):
-        some = [row for row in rows if row["contestant"] == name]
-        places = [lines.index(f"{row['case']} {row['direction']}") for row in some]
-        axes.plot([float(row["ratio"]) for row in some], places, "o", label=name, markersize=4)
-    goals = [(float(r["goal"]), lines.index(f"{r['case']} {r['direction']}")) for r in rows if r["goal"]]
-    if goals:
-        axes.plot(*zip(*goals, strict=True), "|", color="black", label="goal", markersize=9)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="time over the dense op's", title=machine)
-    axes.set_yticks(range(len(lines)), lines, fontsize=6)
-    axes.invert_yaxis()
-    if rows:
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    if not row["roofline"]:
+        return ""
+    share = 100 * float(row["roofline"])
+    return f"{share:.0f}%" if share >= 1 else "<1%"

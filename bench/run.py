@@ -1,4 +1,4 @@
-"""Time layers, models and bases against dense ones: `python bench/run.py`, or `fxrpg bench`.
+"""Time layers, models and bases, each against a baseline: `python bench/run.py`, or `fxrpg bench`.
 
 First what the machine can do, then each case, the most important first, until all are done or the time is over. What
 fails its test is not timed, and makes the exit code 1. Rows go to bench/results/<machine>.csv.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import platform
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 
-from bench import cases, report  # noqa: E402
+from bench import cases, pictures, report  # noqa: E402
 from bench.contest import Result, held, release  # noqa: E402
 from bench.measure import Budget, Ceilings, Clock, ceilings, in_turn  # noqa: E402
 from bench.warm import contest_of, warm  # noqa: E402
@@ -40,13 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     cpu = device.type == "cpu"
     dtype = DTYPES[arguments.dtype or ("float32" if cpu else "bfloat16")]
-    chosen = cases.chosen(quick=arguments.quick, cpu=cpu, only=arguments.only)
-    if not chosen:
-        fix = "Pass a glob such as 'layer/resnet18/*' or 'decode/*'."
-        raise FxrpgError("--only", "must match a case", repr(arguments.only), fix)
+    seconds = arguments.seconds
+    if seconds is None:
+        seconds = QUICK_SECONDS if arguments.quick else SECONDS
+    elif not seconds > 0:  # nor "nan"
+        raise FxrpgError("--seconds", "must be over 0", f"{seconds:g}", "Pass such as 60, or leave it out.")
+    chosen = _chosen(arguments, cpu)
     if not cpu:
         torch.backends.cudnn.benchmark = True  # the opponents at their best
-    budget = Budget(arguments.seconds or (QUICK_SECONDS if arguments.quick else SECONDS))
+    budget = Budget(seconds)
     session = _Session(arguments, device, dtype, budget)
     session.measure_ceilings()
     if not cpu:
@@ -55,6 +58,18 @@ def run(arguments: argparse.Namespace) -> int:
     for place, case in enumerate(chosen):
         session.measure(case, place, len(chosen))
     return session.finish()
+
+
+def _chosen(arguments: argparse.Namespace, cpu: bool) -> list[cases.Case]:
+    """The cases that `--only` leaves of those that this device has."""
+    every = cases.chosen(quick=arguments.quick, cpu=cpu)
+    found = cases.chosen(quick=arguments.quick, cpu=cpu, only=arguments.only)
+    if not found:
+        groups = list(dict.fromkeys("/".join(case.title.split("/")[:2]) for case in every))
+        which = ("a CPU" if cpu else "a GPU") + " with --quick" * arguments.quick
+        fix = f"Pass a glob such as '{groups[0]}/*'; the groups on {which} are {', '.join(groups)}."
+        raise FxrpgError("--only", "must match a case", repr(arguments.only), fix)
+    return found
 
 
 class _Session:
@@ -102,9 +117,10 @@ class _Session:
         seconds = min(0.5 * share, MOST_SECONDS)
         with self.budget.spending(case.kind, seconds):
             results = self._results(case, seconds)
-        self.rows += [report.row_of(case.name, case.direction, result, self.stamp) for result in results]
+        rows = [report.row_of(case.name, case.direction, result, self.stamp) for result in results]
+        self.rows += rows
         self.save()
-        self.say(f"{place + 1}/{count} {case.title}: {_summary(results)}")
+        self.say(f"{place + 1}/{count} {case.title}: {_summary(rows)}")
 
     def _results(self, case: cases.Case, seconds: float) -> list[Result]:
         try:
@@ -127,28 +143,30 @@ class _Session:
     def finish(self) -> int:
         """Write the files, print the tables."""
         every = self.save()
-        self.path.with_suffix(".txt").write_text(report.tables(every) + "\n")
-        print(f"\n{report.tables(self.rows)}\n\nwrote {self.path}")
-        written = report.plots(every, self.path.parent, self.machine)
-        print(
-            "".join(f"wrote {picture}\n" for picture in written) or "no pictures: matplotlib is not installed\n", end=""
-        )
+        text = self.path.with_suffix(".txt")
+        text.write_text(report.tables(every) + "\n")
+        print(f"\n{report.tables(self.rows)}\n")
+        drawn = pictures.plots(every, self.path.parent, self.machine)
+        for path in (self.path, text, *drawn):
+            print(f"wrote {path}")
+        if not drawn:
+            print("no pictures: matplotlib is not installed")
         failed = [row for row in self.rows if row["status"].startswith("failed")]
         for row in failed:
             print(f"{row['case']}/{row['direction']} {row['contestant']}: {row['status']}", file=sys.stderr)
         return 1 if failed else 0
 
 
-def _summary(results: list[Result]) -> str:
+def _summary(rows: list[report.Row]) -> str:
     """The ratios of a case, or what happened."""
     shown = []
-    for result in results:
-        if result.milliseconds is None:
-            shown.append(f"{result.contestant} {result.status}")
-        elif result.ratio is None or result is results[0]:
-            shown.append(f"{result.contestant} {result.milliseconds:.3g} ms")
+    for row in rows:
+        if not row["milliseconds"]:
+            shown.append(f"{row['contestant']} {row['status']}")
+        elif not row["ratio"] or row is rows[0]:
+            shown.append(f"{row['contestant']} {report.three_digits(row['milliseconds'])} ms")
         else:
-            shown.append(f"{result.contestant} x{result.ratio:.2f}")
+            shown.append(f"{row['contestant']} x{report.three_digits(row['ratio'])}")
     return ", ".join(shown)
 
 
@@ -169,9 +187,18 @@ def _device(name: str) -> torch.device:
 
 
 def machine_name(device: torch.device) -> str:
-    """What the files are called after: the GPU's name in lower case with dashes, or "cpu"."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """What the files are called after, such as "nvidia-h100-80gb-hbm3" or "cpu-amd-epyc"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {processor()}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model without trademarks and clock rate, its architecture where the system does not tell the model."""
+    found = None
+    if cpuinfo.is_file():  # on Linux, where platform.processor() is empty or the architecture
+        found = re.search(r"^model name\s*:(.*)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    return re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", name, flags=re.IGNORECASE).strip()
 
 
 def stamp(machine: str) -> report.Row:

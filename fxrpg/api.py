@@ -22,6 +22,7 @@ from fxrpg.rule import Dof, Rule, Scoping
 from fxrpg.scopes import lay_out
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def transform(
     model: nn.Module,
     *,

@@ -120,15 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", help="also load the file into this model (package.module:callable)")
 
     example = "fxrpg bench --quick --only 'layer/*'"
-    command = _command(commands, "bench", _bench, "time layers, models and bases against dense ones", example)
+    command = _command(commands, "bench", _bench, "time layers, models and bases, each against a baseline", example)
     command.add_argument("--quick", action="store_true", help="a few cases: under 2 minutes in place of 8")
-    command.add_argument("--only", default="", metavar="GLOB", help="only cases whose name matches, such as 'decode/*'")
+    command.add_argument("--only", default="", metavar="GLOB", help="only cases whose name matches, such as 'layer/*'")
     command.add_argument("--device", default="", help="cuda or cpu (default: a GPU if there is one)")
     command.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="(default: bfloat16, on a CPU float32)"
     )
     command.add_argument("--out", type=Path, help="folder for CSV, tables and pictures (default: bench/results)")
-    command.add_argument("--seconds", type=float, help="stop after so many seconds, whatever is left")
+    command.add_argument("--seconds", type=float, help="stop after so many seconds (over 0), whatever is left")
     return parser
 
 

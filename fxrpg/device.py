@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fxrpg.errors import FxrpgError
+
+T = TypeVar("T")
 
 
 def triton_installed() -> bool:
@@ -32,6 +38,38 @@ def settled(tensor: Tensor) -> Tensor:
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
     return tensor
+
+
+def kept(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Cache what the decorated function puts on a device, at most so many results: tensors that all later calls may read.
+
+    Made in a thread of its own once there is a GPU: what torch.compile(mode="reduce-overhead") allocates in the calling
+    thread lies in its graphs' memory, where nothing may outlive a call. What a capture of a CUDA graph reads is never let
+    go, since replays read it at its address. Under dispatch modes (fake tensors, say) nothing is cached.
+    """
+
+    def decorate(make: Callable[..., T]) -> Callable[..., T]:
+        captured: dict[int, T] = {}
+
+        @functools.lru_cache(maxsize=most)
+        def cached(*args: Any) -> T:
+            if not torch.cuda.is_initialized():
+                return make(*args)
+            with ThreadPoolExecutor(1) as other:
+                return other.submit(make, *args).result()
+
+        @functools.wraps(make)
+        def found(*args: Any) -> T:
+            if torch._C._len_torch_dispatch_stack():
+                return make(*args)
+            value = cached(*args)
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                captured[id(value)] = value
+            return value
+
+        return found
+
+    return decorate
 
 
 def require_triton(where: str) -> None:

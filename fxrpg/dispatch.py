@@ -18,6 +18,10 @@ import torch
 
 CONFIGS = Path(__file__).parent / "kernels" / "configs"
 DIRECTIONS = ("forward", "input_grad", "state_grad")
+NARROW = 1 << 31
+"""Kernels count positions, and places within one image, in 32 bits: of fewer than this."""
+GRID = 65535
+"""Programs along the axes of a CUDA grid but the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,9 @@ def choose(problem: Problem | str, cost: str, card: Card, mode: str = "auto", de
     if deterministic and problem.direction == "state_grad":
         return Choice(path="staged", reason="deterministic algorithms gather a layer's gradient")
     tile = tile_of(problem, card)
+    tiles = problem.taps * -(-problem.terms // tile.k)
+    if problem.positions >= NARROW // 2 or (problem.direction == "state_grad" and tiles > GRID):
+        return Choice(path="staged", reason="it is larger than a kernel counts")
     again = _repeats(problem, tile)
     work = again * problem.weights
     if mode == "fused" or again <= 1 or work < {"element": card.element, "block": card.block}.get(cost, card.table):

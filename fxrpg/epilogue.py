@@ -115,6 +115,10 @@ def define_epilogue_op(name: str, channel_axis: Callable[..., int], layers: tupl
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    def batched(*args: Any) -> Tensor:
+        base_args, affine = epilogue.split(args)
+        return _composed(epilogue, base_args, *affine)
+
     def autocast(*args: Any) -> Tensor:
         device = args[0].device.type
         cast = [autocast_to(x, torch.get_autocast_dtype(device)) for x in args[: inputs + 1]]
@@ -123,6 +127,7 @@ def define_epilogue_op(name: str, channel_axis: Callable[..., int], layers: tupl
 
     LIBRARY.impl(f"{name}_epilogue", forward, "CompositeExplicitAutograd")
     LIBRARY.impl(f"{name}_epilogue", autograd, "Autograd")
+    LIBRARY.impl(f"{name}_epilogue", batched, "FuncTorchBatched")
     torch.library.register_fake(f"fxrpg::{name}_epilogue", fake, lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(f"{name}_epilogue", autocast, key)

@@ -10,7 +10,8 @@ from tabulate import tabulate
 from torch import nn
 
 from fxrpg.assemble import plan_of, trace_of, views_in
-from fxrpg.owner import owned, plain_class, stock_layer
+from fxrpg.device import runs_kernels
+from fxrpg.owner import SCALE, owned, plain_class, stock_layer
 from fxrpg.plan import Plan
 from fxrpg.trace import Use
 
@@ -27,7 +28,7 @@ class Row:
         state: name of the tensor that it is generated from.
         way: "handle" (the module reads a property), "graph" (the graph was rewritten) or "region" (a proved graph answers
             calls like the example inputs); "" if dense or unknown.
-        path: "staged", "materialized" (by at least one op), "unknown" (nothing has consumed it yet), or "" if dense.
+        path: "fused", "staged", "materialized" (by at least one op), "unknown" (nothing has consumed it yet), or "" if dense.
         op: the ops that consume it, if known.
         reason: why it is dense or materialized.
     """
@@ -56,7 +57,8 @@ class Explanation:
     def fraction(self, path: str) -> float:
         """The share of the generated weights (elements, not tensors) on `path`."""
         generated = [row for row in self.rows if row.status == "generated"]
-        return sum(prod(r.shape) for r in generated if r.path == path) / sum(prod(r.shape) for r in generated)
+        total = sum(prod(r.shape) for r in generated) or 1  # surgery may have taken all of them out
+        return sum(prod(r.shape) for r in generated if r.path == path) / total
 
     def __str__(self) -> str:
         counts = {
@@ -85,23 +87,30 @@ def explain(model: nn.Module) -> Explanation:
         FxrpgError: `model` is not transformed.
     """
     plan = plan_of(model)
-    uses = {name: {op: use} for name, op, use in _predicted(model)} | trace_of(model).seen
-    generated = [_row(name, plan, uses.get(name, {})) for name in views_in(model)]
+    trace = trace_of(model)
+    uses = {name: {op: use} for name, op, use in _predicted(model)} | trace.seen | trace.expected
+    open_choice = runs_kernels(model.get_buffer(SCALE).device)
+    generated = [_row(name, plan, uses.get(name, {}), open_choice) for name in views_in(model)]
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     dense = [
         Row(name=name, shape=shapes[name], status="dense", reason=reason)
         for name, reason in plan.dense.items()
         if name in shapes
     ]
-    dropped = ((path or plain_class(model).__name__, reason) for path, reason in trace_of(model).dropped.items())
+    dropped = ((path or plain_class(model).__name__, reason) for path, reason in trace.dropped.items())
     return Explanation((*generated, *dense), tuple(dropped))
 
 
-def _row(name: str, plan: Plan, uses: dict[str, Use]) -> Row:
-    """One row from all uses of a weight: a single op that materializes it counts."""
+def _row(name: str, plan: Plan, uses: dict[str, Use], open_choice: bool) -> Row:
+    """One row from all uses of a weight: a single op that materializes it counts.
+
+    Where kernels can run, what is only known to be staged (a graph, a layer that has not run) may as well be fused.
+    """
     paths = {use.path for use in uses.values()}
     path = next((path for path in ("materialized", "staged", "fused") if path in paths), "unknown")
     reasons = dict.fromkeys(use.reason for use in uses.values() if use.reason)
+    if path == "staged" and open_choice and not reasons:
+        reasons = {"or fused, as the shapes of a call decide": None}
     return Row(
         name=name,
         shape=plan.views[name].shape,

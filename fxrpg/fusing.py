@@ -11,25 +11,32 @@ import torch
 from torch import Tensor
 
 from fxrpg.dispatch import Choice, Problem, card_of, choose, note
-from fxrpg.lowering import current_mode, kernels_wanted
+from fxrpg.lowering import as_stored, current_mode, kernels_wanted
 from fxrpg.view import View
 
 Where = tuple[Tensor, Tensor, str]
 """A generated weight as an op is given it: (state, scale, view)."""
 
 
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def decide(
-    dense: Any, direction: str, xs: Sequence[Tensor], state: Tensor, view: View, config: tuple[Any, ...]
-) -> Choice:
+    dense: Any, direction: str, xs: Sequence[Tensor], state: Tensor, view: View, config: tuple[Any, ...],
+    vectors: Sequence[Tensor | None] = (),
+) -> Choice:  # fmt: skip
     """How one direction of the op `dense` (a staging.DenseOp) runs here and now.
 
     Args:
         xs: the op's inputs (shapes, types and devices are read).
+        vectors: what the epilogue adds and multiplies: (bias, factor, shift).
     """
     if not kernels_wanted(state.device):
         return note(Choice(path="staged"))
     dtype = xs[0].dtype if xs[0].is_floating_point() else state.dtype
-    problem: Problem | str = _refusal(dense, xs, state, view) or dense.problem(direction, xs, view, dtype, *config)
+    problem: Problem | str = _refusal(dense, xs, state, view)
+    problem = problem or _misfit(vectors, xs[0], dense, view, config)
+    problem = problem or dense.problem(direction, xs, view, dtype, *config)
     cost = "own" if isinstance(problem, str) else view.generator.cost(view, problem.step)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return note(choose(problem, cost, card_of(state.device), current_mode(), deterministic))
@@ -45,6 +52,21 @@ def _refusal(dense: Any, xs: Sequence[Tensor], state: Tensor, view: View) -> str
         return "float64 has no fused kernels"
     if any(x.device != state.device for x in xs):
         return "the state is on another device"
+    for x in xs:
+        if x.layout != torch.strided:
+            return f"the input's layout is {x.layout}"
+        if dense.autocast == "lower" and x.dtype not in _TYPES:  # others take indices, or are not fused
+            return f"{x.dtype} has no fused kernels"
+    return ""
+
+
+def _misfit(vectors: Sequence[Tensor | None], x: Tensor, dense: Any, view: View, config: tuple[Any, ...]) -> str:
+    """Why bias, factor and shift are not for a kernel: torch broadcasts what is no vector of channels, or raises."""
+    for vector, dtype in zip(vectors, (x.dtype, torch.float32, torch.float32), strict=False):
+        if vector is not None and vector.shape != (dense.channels(view, *config),):
+            return "what the epilogue adds is no vector of the output's channels"
+        if vector is not None and (vector.dtype, vector.device) != (dtype, x.device):
+            return "what the epilogue adds is of another type or device"
     return ""
 
 
@@ -55,7 +77,7 @@ def forward(
     """activation(op(xs) * factor + shift), or None where that must be staged."""
     state, scale, text = where
     view = View.parse(text)
-    choice = decide(dense, "forward", xs, state, view, config)
+    choice = decide(dense, "forward", xs, state, view, config, (bias, factor, shift))
     if choice.path != "fused":
         return None
     return importlib.import_module(dense.fused).forward(
@@ -83,7 +105,7 @@ def state_grad(dense: Any, grad: Tensor, xs: Sequence[Tensor], where: Where, con
     if choice.path != "fused":
         return None
     found = importlib.import_module(dense.fused).state_grad(choice, (view, state, scale), grad, xs, config)
-    return view.generator.masked_gradient(found, state).to(state.dtype)
+    return as_stored(view.generator.masked_gradient(found, state), state)
 
 
 def step_of(*columns: int) -> int:

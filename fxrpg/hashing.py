@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxrpg.device import settled
+from fxrpg.device import kept, settled
 
 FORMAT_VERSION = 1
 SEED_LIMIT = 1 << 64
@@ -180,7 +180,7 @@ class Bijection:
     def _into_range(self, y: Tensor, holes: tuple[int, ...]) -> Tensor:
         if not holes:
             return y
-        table = _on_device(holes, y.device)
+        table = on_device(holes, y.device)
         return torch.where(y < self.count, y, table[(y - self.count).clamp_(min=0)])
 
     @functools.cached_property
@@ -205,9 +205,9 @@ class Bijection:
         return tuple(torch.where(y >= self.count, 0, y).tolist())
 
 
-@functools.lru_cache(maxsize=4096)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept there: a copy at every call would stall a GPU, and cannot be captured in a CUDA graph."""
+@kept(4096)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """`numbers`, int64, kept there: a copy at every call would stall a GPU, and cannot be captured in a CUDA graph."""
     return settled(torch.tensor(numbers, dtype=torch.int64, device=device))
 
 

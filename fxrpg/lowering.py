@@ -231,8 +231,14 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     if kernels_wanted(state.device) and not view.kept and wide == torch.float32:
         found = importlib.import_module(view.generator.pair).accumulate(scaled, state.detach(), view)
         if found is not None:
-            return found.to(state.dtype)
-    return view.generator.accumulate(scaled, state, view.whole).to(state.dtype)
+            return as_stored(found, state)
+    return as_stored(view.generator.accumulate(scaled, state, view.whole), state)
+
+
+def as_stored(grad: Tensor, state: Tensor) -> Tensor:
+    """A gradient in the type and the layout of its state: scores of a channels_last model are channels_last too."""
+    same = (grad.dtype, grad.stride()) == (state.dtype, state.stride())
+    return grad if same else torch.empty_like(state).copy_(grad)
 
 
 def tangent_weight(direction: Tensor, state: Tensor, scale: Tensor, text: str) -> Tensor:

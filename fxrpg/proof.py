@@ -79,8 +79,8 @@ def _gradients(out: Any, wanted: list[Tensor]) -> list[Tensor | None]:
     outs = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor) and x.requires_grad]
     if not outs or not wanted:
         return []
-    generator = torch.Generator().manual_seed(_SEED)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in outs]
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x) for x in outs]
     return list(torch.autograd.grad(outs, wanted, weights, allow_unused=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from fxrpg.lowering import current_mode
 from fxrpg.owner import generated_name, link_of, plain_class
 from fxrpg.passes.region import FUSED, RegionTracer, fuse_layers, generates, reason_of
 from fxrpg.proof import difference, kept_randomness, seed
-from fxrpg.regions import Call, Part, Region, Traced, answering, frozen, holds_module, install, region_class
+from fxrpg.regions import Call, Part, Region, Traced, Unknown, answering, holds_module, install, region_class, seen
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -29,14 +29,15 @@ class Body(NamedTuple):
     """A module's graph in one mode, for no module in particular: paths are relative to its root.
 
     Args:
-        training: path of each module that was traced through -> its mode; the root, "", comes first.
-        reads: (path, attribute) -> what the code read there.
+        training: path of each module that the code could see -> its mode, if it was traced through; the root, "", comes
+            first.
+        reads: (path, attribute) -> what the code found there.
         code: (root, *tensors) -> output.
         fused: (path of a layer, what its node does, paths of idle modules that it passes by).
         below: paths of modules that the graph calls and that may hold regions of their own -> why they were no part.
     """
 
-    training: dict[str, bool]
+    training: dict[str, bool | None]
     reads: dict[tuple[str, str], Any]
     code: Any
     fused: list[tuple[str, str, tuple[str, ...]]]
@@ -49,10 +50,11 @@ class Body(NamedTuple):
             module = root.get_submodule(path)
             cls: Any = type(module)
             own = [(name, value) for (where, name), value in self.reads.items() if where == path]
-            reads = tuple((name, frozen(vars(module).get(name))) for name, _value in own)
+            reads = tuple((name, seen(module, name)) for name, _value in own)
             if any(not holds_module(old) and old != new for (_, old), (_, new) in zip(own, reads, strict=True)):
                 raise Unproved("running it changes what its code reads")
-            parts.append(Part(module, cls if path else region_class(cls), training, dict(module._modules), reads))
+            children = tuple(module._modules.items())
+            parts.append(Part(module, cls if path else region_class(cls), training, children, reads))
         return Traced(call, tuple(parts), self.code)
 
 
@@ -65,7 +67,8 @@ def check_examples(inputs: Any, kwargs: Any) -> Arguments | None:
         raise FxrpgError("transform, example_inputs", "must be a tuple of arguments", type(inputs).__name__, fix)
     if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)):
         fix = "Write example_kwargs={'mask': mask}."
-        raise FxrpgError("transform, example_kwargs", "must be a dict of keyword arguments", type(kwargs).__name__, fix)
+        found = "a key that is no string" if isinstance(kwargs, Mapping) else type(kwargs).__name__
+        raise FxrpgError("transform, example_kwargs", "must be a dict of keyword arguments", found, fix)
     return inputs or (), dict(kwargs or {})
 
 
@@ -81,7 +84,7 @@ def install_regions(root: nn.Module, examples: Arguments | None) -> None:
     are of copies; models in 16 bits are proved in float32, where rounding hides nothing.
 
     Raises:
-        FxrpgError: `root` does not run on the examples in eval mode.
+        FxrpgError: `root` does not run on the examples in eval mode (strict transforms raise their own).
     """
     if examples is None:
         return
@@ -134,7 +137,7 @@ def _note(root: nn.Module, path: str, body: Body) -> list[str]:
     trace, below = trace_of(root), []
     for layer, op, _idle in body.fused:
         owner = root.get_submodule(_joined(path, layer))
-        trace.note(generated_name(owner, "weight"), "staged", op, way="region")
+        trace.expect(generated_name(owner, "weight"), "staged", op, way="region")
     for inner, reason in body.below.items():
         full = _joined(path, inner)
         if reason:
@@ -170,6 +173,8 @@ def record(
                 model(*args, **kwargs)
         except Exception as e:  # the user's code may raise anything
             failure = reason_of(e)
+            if not training and isinstance(e, FxrpgError):
+                raise  # it says what to do about it
             if not training:
                 fix = "Pass arguments that model(*example_inputs, **example_kwargs) takes."
                 raise FxrpgError("transform, example_inputs", "the model must run on them", failure, fix) from e
@@ -205,14 +210,19 @@ def _proved(path: str, calls: Mapping[tuple[str, bool], Arguments], models: tupl
 def _body(module: nn.Module, arguments: Arguments) -> Body:
     """The graph of a module in the mode that it is in."""
     call, tensors = Call.of(*arguments)
+    if odd := [type(x).__name__ for x in tensors if type(x) is not Tensor]:
+        raise Unknown(f"a tensor of class {odd[0]}")
     leaves = pytree.tree_leaves(arguments)
     tracer = RegionTracer(lambda proxies: call.arguments(leaves, proxies), len(tensors))
     graph = tracer.trace_module(module)
     gm = fx.GraphModule(module, graph)
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
     fuse_layers(gm)
     paths = {id(part): path for path, part in module.named_modules()}
-    training = {paths[id(part)]: part.training for part in tracer.through}
-    training |= {path: module.get_submodule(path).training for path, _name in tracer.reads if path not in training}
+    training: dict[str, bool | None] = {paths[id(part)]: part.training for part in tracer.through}
+    training |= {path: module.get_submodule(path).training for path in tracer.modes}
+    looked_at = {path for path, _name in tracer.reads} | set(_around(module, called))
+    training |= dict.fromkeys(path for path in paths.values() if path in looked_at and path not in training)
     source = gm.graph.python_code("self")
     namespace = dict(source.globals)
     exec(compile(source.src, f"<region of {type(module).__name__}>", "exec"), namespace)
@@ -222,6 +232,14 @@ def _body(module: nn.Module, arguments: Arguments) -> Body:
     fused = [node.meta[FUSED] for node in gm.graph.nodes if FUSED in node.meta]
     training |= {path: module.get_submodule(path).training for _layer, _op, idle in fused for path in idle}
     return Body(training, tracer.reads, namespace["forward"], fused, below)
+
+
+def _around(module: nn.Module, called: set[str], path: str = "") -> Iterator[str]:
+    """Paths of the modules in which the called ones stand, or that nobody calls: code may count and choose among those."""
+    if path not in called:
+        yield path
+        for name, child in module.named_children():
+            yield from _around(child, called, _joined(path, name))
 
 
 def _candidates(root: nn.Module, paths: Iterable[str]) -> list[str]:

@@ -81,26 +81,49 @@ _ATOMS = (
 )  # fmt: skip
 
 
+def seen(module: nn.Module, name: str) -> Any:
+    """What code finds under a name of a module, to compare it with what is there later; of a tensor only that it is one.
+
+    Raises Unknown for a value that could change unseen.
+    """
+    own = vars(module)
+    if name in own:
+        return "own", frozen(own[name])
+    value = getattr(type(module), name, own)
+    if value is not own:  # methods and properties run, so what they read is seen by itself
+        return "class", value if hasattr(type(value), "__get__") else frozen(value)
+    for tensors in (module._parameters, module._buffers):
+        if name in tensors:
+            return "none" if tensors[name] is None else "tensor"
+    return "nothing"
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A module whose code was traced through, and all that this code could see of it but tensors."""
+    """A module of which the traced code could see something, and all that it could see of it but tensors.
+
+    Args:
+        training: the mode of a module whose code was traced through; None for one that was only looked at.
+    """
 
     module: nn.Module
     cls: type
-    training: bool
-    children: dict[str, nn.Module | None]
+    training: bool | None
+    children: tuple[tuple[str, nn.Module | None], ...]
     attributes: tuple[tuple[str, Any], ...]
 
     def unchanged(self, root: nn.Module) -> bool:
         """Whether the code would see the same now, and nothing looks on that the graph would pass by."""
-        module, own = self.module, vars(self.module)
-        if module.training is not self.training or type(module) is not self.cls or module._modules != self.children:
+        module, run = self.module, self.training is not None
+        if type(module) is not self.cls or tuple(module._modules.items()) != self.children:
             return False
         try:
-            same = all(name in own and frozen(own[name]) == value for name, value in self.attributes)
+            same = all(seen(module, name) == value for name, value in self.attributes)
         except Unknown:
             return False
-        return same and (module is root or not hooked(module))  # a root's own hooks run around its forward
+        if not same or (run and module.training is not self.training):
+            return False
+        return not run or module is root or not hooked(module)  # a root's own hooks run around its forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Part:
         module, children = copy.deepcopy(self.module, memo), copy.deepcopy(self.children, memo)

@@ -53,6 +53,7 @@ class DenseOp:
         flops: (shapes of the inputs, shape of the weight, shape of the output, *config) -> floating-point operations.
         fused: the module in `kernels/fused` that runs the op with its weight in registers, "" if none does.
         problem: (direction, inputs, view, dtype, *config) -> the op as `dispatch.choose` takes it, or why no kernel covers it.
+        channels: (view, *config) -> channels of the output, which the bias has too.
         autocast: "lower" casts inputs to autocast's type as torch does for this op, "state" to the state's type.
     """
 
@@ -66,6 +67,7 @@ class DenseOp:
     flops: Callable[..., int] = _no_flops
     fused: str = ""
     problem: Callable[..., Any] = _no_gradient
+    channels: Callable[..., int] = _no_flops
     autocast: str = "lower"
 
 
@@ -121,6 +123,9 @@ def define_staged_op(dense: DenseOp) -> None:
     torch.library.register_fake(f"fxrpg::{name}", staged.forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"fxrpg::{back}", staged.backward_fake, lib=LIBRARY)
     LIBRARY.impl(name, autograd_kernel(staged.op, staged.save, staged.differentiate, staged.plain), "Autograd")
+    LIBRARY.impl(
+        name, staged.plain, "FuncTorchBatched"
+    )  # torch.func.vmap: plain torch ops, each with a rule of its own
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(name, staged.autocast, key)
 

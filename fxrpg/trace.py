@@ -21,11 +21,18 @@ class Trace:
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
         self.seen: dict[str, dict[str, Use]] = {}
+        self.expected: dict[str, dict[str, Use]] = {}
+        """The same for what has been seen of nothing yet: until the weight is first consumed."""
         self.dropped: dict[str, str] = {}
         """Path of a module that keeps to its own forward where a region was tried -> why."""
 
+    def expect(self, name: str, path: str, op: str, way: str) -> None:
+        """Say how a weight will be consumed."""
+        self.expected.setdefault(name, {})[op] = Use(way, path, "")
+
     def note(self, name: str, path: str, op: str, reason: str = "", way: str = "handle") -> None:
         """Record one consumption. In strict mode a weight that was not lowered raises."""
+        self.expected.pop(name, None)
         self.seen.setdefault(name, {})[op] = Use(way, path, reason)
         if self.strict and path == "materialized":
             raise FxrpgError(

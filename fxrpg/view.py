@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxrpg.hashing import on_device
+
 if TYPE_CHECKING:
     from fxrpg.generator import Generator
 
@@ -85,7 +87,7 @@ class View:
         """The kept channels of a weight that has them all."""
         for axis, kept in enumerate(self.kept):
             if kept:
-                weight = weight.index_select(axis, torch.tensor(kept, device=weight.device))
+                weight = weight.index_select(axis, on_device(kept, weight.device))
         return weight
 
     def widened(self, grad: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class View:
             if kept:
                 sides = list(grad.shape)
                 sides[axis] = self.original[axis]
-                grad = grad.new_zeros(sides).index_copy(axis, torch.tensor(kept, device=grad.device), grad)
+                grad = grad.new_zeros(sides).index_copy(axis, on_device(kept, grad.device), grad)
         return grad
 
     def to_logical(self, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxrpg.dispatch import Problem
+from fxrpg.dispatch import NARROW, Problem
 from fxrpg.epilogue import define_epilogue_op
 from fxrpg.lowering import Generated, compiles, lowers
 from fxrpg.roles import Role, conv_role
@@ -79,11 +79,15 @@ def conv_problem(
     if dims > 2:
         return "convolutions of three dimensions have no fused kernel"
     x, kernel, (inputs, outputs) = xs[0], view.shape[2:], _channels(view, transposed, groups)
+    if not _fits(x, view, stride, padding, dilation, transposed, output_padding, groups):
+        return "the input or the settings do not fit the weight"
     image = output_size(x.shape[-dims:], kernel, stride, padding, dilation, output_padding, transposed)
     batch = x.shape[0] if x.dim() == dims + 2 else 1
     there, back = batch * prod(image), batch * prod(x.shape[-dims:])
     if not there * back * view.count:
         return "an empty batch"
+    if max(prod(image) * outputs, prod(x.shape[-dims:]) * inputs) >= NARROW:
+        return "one image is larger than a kernel counts"
     inner = view.shape[view.order[-1]]
     kind = "depthwise" if groups == inputs == outputs and groups > 1 else "conv"
     if direction == "input_grad":
@@ -97,6 +101,23 @@ def conv_problem(
         op=kind, direction=direction, **sides, taps=prod(kernel), weights=view.count,
         step=gcd(64, inner, inner // groups if transposed else 0), dtype=dtype,
     )  # fmt: skip
+
+
+def _fits(
+    x: Tensor, view: View, stride: list[int], padding: list[int], dilation: list[int], transposed: bool,
+    output_padding: list[int], groups: int,
+) -> bool:  # fmt: skip
+    """Whether torch's own op would take the call: a kernel reads what it is told to, so torch is to raise its error."""
+    kernel, dims = view.shape[2:], len(stride)
+    settings = (kernel, padding, dilation, output_padding)
+    if x.dim() not in (dims + 1, dims + 2) or any(len(values) != dims for values in settings):
+        return False
+    if min(groups, *stride, *dilation) < 1 or min(padding) < 0 or view.shape[0] % groups:
+        return False
+    if transposed and any(not 0 <= o < max(s, d) for o, s, d in zip(output_padding, stride, dilation, strict=True)):
+        return False
+    size = output_size(x.shape[-dims:], kernel, stride, padding, dilation, output_padding, transposed)
+    return x.shape[-dims - 1] == _channels(view, transposed, groups)[0] and min(size) > 0
 
 
 def _channels(view: View, transposed: bool, groups: int) -> tuple[int, int]:
@@ -128,6 +149,7 @@ define_staged_op(
         flops=conv_flops,
         fused="fxrpg.kernels.fused.conv_op",
         problem=conv_problem,
+        channels=lambda view, *config: _channels(view, config[3], config[5])[1],
     )
 )
 define_epilogue_op("conv", channel_axis=lambda stride, *_: -1 - len(stride), layers=(*CONV_LAYERS, *TRANSPOSED_LAYERS))

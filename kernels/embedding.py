@@ -33,6 +33,8 @@ def embedding_problem(
     direction: str, xs: tuple[Tensor], view: View, dtype: torch.dtype, padding_idx: int, scale_grad_by_freq: bool
 ) -> Problem | str:
     """The op as `dispatch.choose` takes it."""
+    if xs[0].dtype not in (torch.int32, torch.int64):
+        return f"indices are {xs[0].dtype}"
     if not xs[0].numel():
         return "an empty batch"
     if view.order != (0, 1):

@@ -52,7 +52,9 @@ def linear_problem(
 ) -> Problem | str:
     """The op as `dispatch.choose` takes it."""
     rows, columns = view.count // view.fan_in, view.fan_in
-    positions = xs[0].numel() // xs[0].shape[-1] if xs[0].shape[-1] else 0
+    if not xs[0].dim() or xs[0].shape[-1] != (columns if reads_columns(view, transposed) else rows):
+        return "the input does not fit the weight"
+    positions = xs[0].numel() // xs[0].shape[-1]
     if not positions:
         return "an empty batch"
     if direction == "state_grad" or reads_columns(view, transposed) == (direction == "forward"):
@@ -74,6 +76,7 @@ define_staged_op(
         flops=linear_flops,
         fused="fxrpg.kernels.fused.linear",
         problem=linear_problem,
+        channels=lambda view, transposed: view.shape[1 if transposed else 0],
     )
 )
 define_epilogue_op("linear", channel_axis=lambda *config: -1, layers=(nn.Linear,))
@@ -86,6 +89,8 @@ def product_role(shape: tuple[int, ...], transposed: bool, *_: Any) -> Role:
 
 @lowers(F.linear, aten.linear.default, transposable=True, role=linear_role)
 def linear(input: Any, weight: Generated, bias: Any = None) -> Any:
+    if isinstance(input, Tensor) and input.layout != torch.strided:
+        raise NotLowered(f"linear is lowered for strided tensors, found {input.layout}")
     return torch.ops.fxrpg.linear.default(input, bias, *weight[:3], weight.transposed)
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxrpg.generator import Generator
 from fxrpg.generators.pemn import Pemn
 from fxrpg.generators.pranc import Pranc
 from fxrpg.generators.ring import Ring
 from fxrpg.lowering import LOWERINGS, Generated, encode_scales
+from fxrpg.staging import DENSE_OPS
 from fxrpg.view import View
 
 GENERATORS: dict[str, list[Generator]] = {
@@ -150,6 +152,25 @@ def generated(
     state = torch.randn(generator.state_shape(view), generator=draw, dtype=torch.float64).to(dtype)
     scale = encode_scales(torch.tensor([9.0, 0.75, 9.0]))
     return Generated.of(state.requires_grad_(), scale, view.text)
+
+
+def opcheck(case: LayerCase, inputs: list[Tensor], weight: Generated, bias: Tensor | None) -> None:
+    """`torch.library.opcheck` of the ops that a call and its backward run, with the arguments that they are given."""
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append((func, args)) if func.namespace == "fxrpg" else None
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        case.lowered([x.requires_grad_(x.is_floating_point()) for x in inputs], weight, bias).sum().backward()
+    assert {func.name() for func, _ in calls} == {f"fxrpg::{case.op}", f"fxrpg::{case.op}_backward"}
+    for func, args in calls:
+        args = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+        if func in DENSE_OPS:
+            args = [a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        torch.library.opcheck(func, tuple(args))
 
 
 def pairs() -> Iterator[tuple[Generator, LayerCase]]:

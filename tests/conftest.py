@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import settings
-from threads import threads
+from torch_settings import threads
 
 from fxrpg.device import interpreted
 
@@ -18,6 +18,15 @@ def one_thread():
     """On a busy machine several threads wait for one another at every small operation. Tests of threads set their own."""
     with threads(1):
         yield
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """On a GPU torch's convolutions round float32 to TF32 unless told otherwise. Tests of TF32 turn it on themselves."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def pytest_collection_modifyitems(items):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threads import threads
 from torch import Tensor
+from torch_settings import threads
 
 from fxrpg import Pranc, basis
 from fxrpg.basis import LAWS
@@ -42,6 +42,14 @@ def view_of(
     return View(
         generator=Pranc(law=law), seed=seed, tensor=tensor, shape=shape, order=order, offset=0, total=1, size=size
     )
+
+
+@st.composite
+def views(draw: st.DrawFn, law: str, most: int = 100) -> View:
+    """Of small weights in any logical order, with at most so many coefficients."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    order = tuple(draw(st.permutations(range(len(shape)))))
+    return view_of(law, shape, draw(st.integers(1, most)), order)
 
 
 def vectors(view: View) -> Tensor:
@@ -184,14 +192,12 @@ FLOATS = {
 @EXAMPLES
 @given(data=st.data())
 def test_weights_are_integer_sums_rounded_once(law, data):
-    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
-    order = tuple(data.draw(st.permutations(range(len(shape)))))
-    size, dtype = data.draw(st.integers(1, 200)), data.draw(st.sampled_from(DTYPES))
+    view, dtype = data.draw(views(law, most=200)), data.draw(st.sampled_from(DTYPES))
+    size = view.size
     some = data.draw(st.lists(FLOATS[dtype], min_size=1, max_size=min(size, 20)))
     alphas = torch.tensor([*some, *[some[0]] * (size - len(some))], dtype=torch.float64).to(dtype)
     if dtype == torch.float64 and alphas.abs().max() < 2.0**-900:
         alphas = alphas * 2.0**200  # below, numbers have fewer bits
-    view = view_of(law, shape, size, order)
     out = data.draw(st.sampled_from(DTYPES))
     found = view.to_logical(view.generator.materialize(alphas, view, out))
     sums = torch.tensor(slow_sums(alphas, vectors(view).numpy().astype(object)), dtype=torch.float64)
@@ -206,9 +212,7 @@ def test_weights_are_integer_sums_rounded_once(law, data):
 @EXAMPLES
 @given(data=st.data())
 def test_gradients_are_integer_sums_rounded_once(law, data):
-    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
-    order = tuple(data.draw(st.permutations(range(len(shape)))))
-    view = view_of(law, shape, data.draw(st.integers(1, 100)), order)
+    view = data.draw(views(law))
     some = data.draw(st.lists(FLOATS[torch.float32], min_size=1, max_size=20))
     grad = torch.tensor(some).repeat(view.count)[: view.count]
     found = view.generator.accumulate(view.from_logical(grad), torch.ones(view.size), view)
@@ -372,11 +376,9 @@ def test_threads_change_no_bit(law):
 @given(data=st.data())
 def test_gradients_are_the_adjoint(law, data):
     """Exactly, where every number is whole: <materialize(a), g> = <a, accumulate(g)>."""
-    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
-    order = tuple(data.draw(st.permutations(range(len(shape)))))
-    view = view_of(law, shape, data.draw(st.integers(1, 100)), order)
+    view = data.draw(views(law))
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    grad = torch.randint(-50, 50, shape, generator=draw).double()
+    grad = torch.randint(-50, 50, view.shape, generator=draw).double()
     expected = (vectors(view) @ view.to_logical(grad).long()).double() / LAWS[law].deviation
     assert torch.equal(view.generator.accumulate(grad, torch.ones(view.size), view), expected)
 

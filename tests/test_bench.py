@@ -1,8 +1,7 @@
-"""The bench: its cases are the networks' own layers, what is wrong is never timed, and a run leaves its files."""
+"""The bench: its cases are the networks' own layers, and what is wrong is never timed."""
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from fxrpg import cli
-from fxrpg.cli import main
-
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
-from bench import contest, layer_contest, measure, networks, report, run  # noqa: E402
+from bench import contest, layer_contest, measure, networks  # noqa: E402
 from bench.cases import CASES, SWEPT, TINY_CASES, LayerCase, chosen  # noqa: E402
 from bench.contest import Contest, Contestant, Result, disagreement, held  # noqa: E402
 from bench.layers import NETWORKS, TINY  # noqa: E402
@@ -218,102 +214,12 @@ def test_replays_are_compared_with_replays_and_calls_with_calls(monkeypatch):
     assert timed() == [("calls", 4.0, None), ("calls", 6.0, None), ("calls", 10.0, None)]
 
 
-# The files.
-
-
-def rows(case: str, *contestants: str, status: str = "ok", date: str = "now") -> list[report.Row]:
-    stamp = {"device": "cpu", "date": date}
-    return [report.row_of(case, "forward", Result(contestant=c, status=status), stamp) for c in contestants]
-
-
-def test_a_run_replaces_the_rows_of_its_cases_and_keeps_others():
-    before = rows("a", "dense", "old", date="before") + rows("b", "dense", date="before")
-    found = report.merged(before, rows("a", "dense", "new") + rows("c", ""))
-    assert [(row["case"], row["contestant"], row["date"]) for row in found] == [
-        ("a", "dense", "now"),
-        ("a", "new", "now"),
-        ("b", "dense", "before"),
-        ("c", "", "now"),
-    ]
-    skipped = report.merged(found, rows("b", "", status="skipped: no time left"))
-    assert skipped == found, "what was measured is not lost where there was no time"
-    again = report.merged(found, rows("c", "dense"))
-    assert [row["contestant"] for row in again if row["case"] == "c"] == ["dense"]
-
-
-def test_columns():
-    asked = "case device direction contestant status milliseconds ratio goal peak_mib bytes roofline commit torch triton date"
-    assert set(asked.split()) <= set(report.COLUMNS)
-
-
-def bench(folder: Path, only: str, seconds: float = 60.0, *more: str) -> int:
-    options = ["--quick", "--device", "cpu", "--only", only, "--out", str(folder), "--seconds", str(seconds)]
-    return main(["bench", *options, *more])
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "cpu.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_a_run_leaves_its_files(tmp_path, capsys):
-    pytest.importorskip("matplotlib", reason="the pictures need it; pip install 'fxrpg[demo]'")
-    assert bench(tmp_path, "layer/tiny/linear/*") == 0
-    first = table(tmp_path)
-    cases = [(row["case"], row["direction"], row["contestant"]) for row in first]
-    assert len(set(cases)) == len(cases) == 2 + 4 + 4 + 3
-    assert {row["status"] for row in first} == {"ok"}
-    assert all(float(row["milliseconds"]) > 0 for row in first)
-    assert all(float(row["ratio"]) > 0 and float(row["roofline"]) > 0 for row in first[2:])
-    assert {row["path"] for row in first if "staged" in row["contestant"]} == {"staged"}
-    for name in ("cpu-roofline.png", "cpu-ratios.png"):
-        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-    out = capsys.readouterr().out
-    assert (tmp_path / "cpu.txt").read_text().strip() in out
-    assert "layer/tiny/linear/b2 wgrad" in out
-    assert bench(tmp_path, "layer/tiny/linear/*/forward") == 0
-    assert [(row["case"], row["direction"], row["contestant"]) for row in table(tmp_path)] == cases
-
-
-@pytest.mark.parametrize("only", ["pranc/*", "model/*"])
-def test_bases_and_models(only, tmp_path, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
-    assert bench(tmp_path, only) == 0
-    assert {row["status"] for row in table(tmp_path)} == {"ok"}
-    assert not list(tmp_path.glob("*.png")), "no pictures without matplotlib"
-
-
 @pytest.mark.parametrize("layer", TINY, ids=lambda layer: layer.name)
 @pytest.mark.parametrize("direction", ["forward", "dgrad", "wgrad"])
 def test_every_op_in_sixteen_bits(layer, direction):
     case = next(c for c in TINY_CASES if isinstance(c, LayerCase) and (c.layer, c.direction) == (layer, direction))
     found = held(layer_contest.contest(case, CPU, torch.bfloat16), CEILINGS, Clock(CPU), 0.0)
     assert {result.status for result in found} == {"ok"}
-
-
-def test_a_wrong_result_makes_the_run_fail(tmp_path, monkeypatch, capsys):
-    generated = layer_contest.Work.generated
-    monkeypatch.setattr(layer_contest.Work, "generated", lambda *args: 1.1 * generated(*args))
-    assert bench(tmp_path, "layer/tiny/linear/*/forward") == 1
-    found = {row["contestant"]: row for row in table(tmp_path)}
-    assert found["dense"]["status"] == found["authors"]["status"] == "ok"
-    for name in ("ring staged", "pemn staged"):
-        assert found[name]["status"].startswith("failed: relative error")
-        assert (found[name]["milliseconds"], found[name]["ratio"]) == ("", "")
-    assert "ring staged: failed: relative error" in capsys.readouterr().err
-
-
-def test_a_case_that_cannot_be_set_up_fails_and_the_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(layer_contest, "Indexed", lambda *args: 1 / 0)
-    assert bench(tmp_path, "layer/tiny/linear/*ward") == 1
-    assert table(tmp_path)[-1]["status"] == "failed: ZeroDivisionError: division by zero"
-
-
-def test_no_time_left(tmp_path):
-    assert bench(tmp_path, "layer/tiny/*", 0.001) == 0
-    skipped = [row for row in table(tmp_path) if row["contestant"] == ""]
-    assert len(skipped) == 12
-    assert {row["status"] for row in skipped} == {"skipped: no time left"}
 
 
 @pytest.mark.kernels
@@ -329,49 +235,3 @@ def test_a_fused_contestant_proves_that_it_ran_fused():
         patch.setattr(contest, "launches", lambda device: 0)
         found = {result.contestant: result for result in held(made, CEILINGS, Clock(device), 0.0)}
     assert found["ring fused"].status.startswith("ran unproved")
-
-
-# The command.
-
-
-def test_without_the_folder_the_command_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "fxrpg" / "cli.py"))
-    assert main(["bench", "--quick"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("fxrpg bench: bench: needs the folder bench of a checkout")
-    assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--only", "nothing/*", "--device", "cpu"], "--only: must match a case, found 'nothing/*'"),
-        (["--device", "banana"], "--device: must be a device of torch, found 'banana'"),
-        (["--device", "meta"], "--device: must be a GPU or the CPU, found 'meta'"),
-    ],
-)
-def test_mistakes(options, message, tmp_path, capsys):
-    assert main(["bench", "--quick", "--out", str(tmp_path / "out"), *options]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert message in err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_gpu_that_is_not_there(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--device", "cuda"]) == 2
-    assert "--device: needs a GPU that torch can use" in capsys.readouterr().err
-
-
-def test_out_must_be_a_folder(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert bench(tmp_path / "file", "layer/tiny/linear/*") == 2
-    assert "File exists" in capsys.readouterr().err
-
-
-def test_names_of_machines(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert run.machine_name(torch.device("cuda")) == "nvidia-h100-80gb-hbm3"
-    assert run.machine_name(CPU) == "cpu"

@@ -11,6 +11,7 @@ import torch.fx as fx
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch_settings import deterministic
 
 import fxrpg
 from fxrpg.assemble import plan_of, weight_of
@@ -171,20 +172,17 @@ def test_every_weight_is_within_half_a_step_of_its_cell(bits, block, method):
         assert bool((error > half / 2).any())
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients_pass_straight_through(deterministic):
+@pytest.mark.parametrize("in_order", [False, True])
+def test_gradients_pass_straight_through(in_order):
     plain = fxrpg.transform(net().double(), dof=101)
     for bits, block in ((8, 0), (4, 16)):
         quantised = fxrpg.quantize(plain, bits, block=block)
         for name, view in plan_of(plain).views.items():
             grad = torch.randn(view.shape, dtype=torch.float64)
             arguments = (grad, plain.fxrpg_ring, plain.fxrpg_scale)
-            torch.use_deterministic_algorithms(deterministic)
-            try:
+            with deterministic(in_order):
                 expected = torch.ops.fxrpg.accumulate(*arguments, view.text)
                 found = torch.ops.fxrpg.accumulate(*arguments, plan_of(quantised).views[name].text)
-            finally:
-                torch.use_deterministic_algorithms(False)
             assert torch.equal(found, expected)
         quantised(X.double()).square().sum().backward()
         dense = fxrpg.materialize(quantised)

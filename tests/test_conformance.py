@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance import GENERATORS, LAYERS, LayerCase, generated, pairs
+from conformance import GENERATORS, LAYERS, LayerCase, generated, opcheck, pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -95,22 +95,7 @@ def test_the_gradient_of_scores_passes_straight_through_the_mask(generator, case
 @pytest.mark.parametrize(("generator", "case"), SOME)
 def test_opcheck(generator, case):
     weight = generated(generator, case.weight, case.order, 37, torch.float32)
-    calls = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append((func, args)) if func.namespace == "fxrpg" else None
-            return func(*args, **(kwargs or {}))
-
-    inputs = [x.requires_grad_(x.is_floating_point()) for x in case.make_inputs(torch.float32)]
-    with Record():
-        case.lowered(inputs, weight, case.make_bias(torch.float32)).sum().backward()
-    assert {func.name() for func, _ in calls} == {f"fxrpg::{case.op}", f"fxrpg::{case.op}_backward"}
-    for func, args in calls:
-        args = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
-        if func in DENSE_OPS:
-            args = [a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        torch.library.opcheck(func, tuple(args))
+    opcheck(case, case.make_inputs(torch.float32), weight, case.make_bias(torch.float32))
 
 
 @pytest.mark.parametrize("op", ["generate", "accumulate"])
@@ -227,3 +212,18 @@ def test_the_reference_generates_the_same_weight(dtype):
         weight = generated(generator, (5, 7), (0, 1), 24, dtype)
         arguments = (weight.state.detach(), weight.scale, weight.view)
         assert torch.equal(plain_weight(*arguments), generate_weight(*arguments))
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule for aten..bilinear")  # torch's own has none
+@pytest.mark.parametrize("generator", [examples[0] for examples in GENERATORS.values()], ids=repr)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_vmap_over_the_inputs(generator, case):
+    """torch.func.vmap runs the op on all of a batch, with a batching rule of its own: no fallback that warns."""
+    weight = generated(generator, case.weight, case.order, 37, torch.float64)
+    weight, bias = weight._replace(state=weight.state.detach()), case.make_bias(torch.float64)
+    batches = [
+        torch.stack([case.make_inputs(torch.float64, seed)[i] for seed in range(3)]) for i in range(len(case.inputs))
+    ]
+    found = torch.func.vmap(lambda *inputs: case.lowered(list(inputs), weight, bias))(*batches)
+    expected = torch.stack([case.lowered([x[i] for x in batches], weight, bias) for i in range(3)])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

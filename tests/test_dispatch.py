@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conformance import generated
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,6 +65,28 @@ def test_a_method_with_kernels_of_its_own_is_staged():
 
 def test_float64_is_staged():
     assert choose(problem(dtype=torch.float64), "block", CARD, mode="fused").path == "staged"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"positions": 1 << 31},
+        {"direction": "state_grad", "taps": 2048, "terms": 4096, "weights": 1 << 33},
+        {"op": "depthwise", "direction": "state_grad", "taps": 1 << 17, "terms": 1},
+    ],
+)
+def test_what_32_bits_or_a_grid_do_not_count_is_staged(changes):
+    assert choose(problem(**changes), "block", CARD, mode="fused").path == "staged"
+    assert choose(problem(**changes | {"positions": 4096, "taps": 9}), "block", CARD, mode="fused").path == "fused"
+
+
+def test_a_convolution_of_huge_images_is_staged():
+    weight = generated(Ring(), (64, 64, 3, 3), (0, 2, 3, 1), 640, torch.float32)
+    dense, config = DENSE_OPS[torch.ops.fxrpg.conv.default], ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    for side, large in ((8192, True), (512, False)):
+        x = torch.empty(1, 64, side, side, dtype=torch.bfloat16, device="meta")
+        found = dense.problem("forward", (x,), View.parse(weight.view), x.dtype, *config)
+        assert isinstance(found, str) == large
 
 
 def test_deterministic_gradients_are_gathered_from_one_layer():
@@ -177,6 +201,56 @@ def test_without_kernels_everything_is_staged():
     assert choice.path == "staged"
 
 
+def conv2d(layer, x, bias=None, **options):
+    return F.conv2d(x, layer.weight, bias, **options)
+
+
+def linear(layer, x, bias=None):
+    return F.linear(x, layer.weight, bias)
+
+
+IMAGES, ROWS = torch.ones(2, 3, 6, 6), torch.ones(4, 6)
+ODD_CALLS = {
+    "another number of channels": (conv2d, torch.ones(2, 5, 6, 6), {}),
+    "one image dimension": (conv2d, torch.ones(6, 6), {}),
+    "a long bias": (conv2d, IMAGES, {"bias": torch.ones(9)}),
+    "a bias of another type": (conv2d, IMAGES, {"bias": torch.ones(4).double()}),
+    "a negative padding": (conv2d, IMAGES, {"padding": -1}),
+    "no dilation": (conv2d, IMAGES, {"dilation": 0}),
+    "no stride": (conv2d, IMAGES, {"stride": 0}),
+    "groups that do not divide": (conv2d, torch.ones(2, 9, 6, 6), {"groups": 3}),
+    "integer images": (conv2d, IMAGES.long(), {}),
+    "another number of features": (linear, torch.ones(6, 8), {}),
+    "no dimension": (linear, torch.ones(()), {}),
+    "integers": (linear, ROWS.long(), {}),
+    "complex numbers": (linear, ROWS.cfloat(), {}),
+    "sparse rows": (linear, ROWS.to_sparse(), {}),
+    "one bias for all": (linear, ROWS, {"bias": torch.ones(1)}),
+    "a number as bias": (linear, ROWS, {"bias": torch.tensor(2.0)}),
+    "a bias for each row": (linear, ROWS, {"bias": torch.arange(20.0).view(4, 5)}),
+    "short indices": (lambda layer, x: F.embedding(x, layer.weight), torch.tensor([1], dtype=torch.int16), {}),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ODD_CALLS)
+def test_what_no_kernel_expects_is_left_to_torch(name):
+    """It broadcasts, or raises its own error: a kernel would read what is not there."""
+    call, x, options = ODD_CALLS[name]
+    layer = torch.nn.Conv2d(3, 4, 3) if call is conv2d else torch.nn.Linear(6, 5)
+    small = fxrpg.transform(layer, dof=8, plan=[fxrpg.Rule("*", "generate")])
+    try:
+        expected = call(fxrpg.materialize(small), x, **options)
+    except (RuntimeError, ValueError) as error:
+        with lowering_mode("fused"), pytest.raises(type(error), match=re.escape(str(error)[:20])):
+            call(small, x, **options)
+        return
+    with lowering_mode("fused"):
+        found = call(small, x, **options)
+        found.sum().backward()
+    torch.testing.assert_close(found, expected)
+
+
 def test_what_a_value_costs():
     def cost(generator, shape, order=(0, 1), size=64, step=64):
         return generator.cost(View.parse(generated(generator, shape, order, size, torch.float32).view), step)
@@ -193,7 +267,7 @@ def test_what_a_value_costs():
     assert cost(Pranc(), (8, 64)) == "own"
 
 
-def test_explain_tells_the_choice_and_its_reason():
+def test_explain_tells_that_it_was_staged():
     model = fxrpg.transform(torch.nn.Linear(4, 8), dof=8, plan=[fxrpg.Rule("*", "generate")])
     with lowering_mode("staged"):
         model(torch.zeros(2, 4))
@@ -209,3 +283,20 @@ def test_explain_tells_that_it_was_fused():
     (row,) = (row for row in fxrpg.explain(model).rows if row.status == "generated")
     assert (row.path, row.reason) == ("fused", "lowering_mode('fused')")
     assert fxrpg.explain(model).fraction("fused") == 1.0
+
+
+@pytest.mark.kernels
+def test_explain_leaves_open_what_only_a_call_decides():
+    """A layer that has not run, and a graph, whose ops tell nobody which way they went."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
+    for one in (model, torch.fx.symbolic_trace(model)):
+        small = fxrpg.transform(one, dof=8, plan=[fxrpg.Rule("0.weight", "generate")])
+        (row,) = (row for row in fxrpg.explain(small).rows if row.status == "generated")
+        assert (row.path, row.reason) == ("staged", "or fused, as the shapes of a call decide")
+
+
+def test_explain_of_a_model_without_its_weights():
+    model = fxrpg.transform(torch.nn.Sequential(torch.nn.Linear(4, 8)), dof=8, plan=[fxrpg.Rule("*", "generate")])
+    model[0] = torch.nn.Identity()
+    assert fxrpg.explain(model).fraction("staged") == 0
+    assert str(fxrpg.explain(model)).startswith("0 weights generated")

@@ -7,6 +7,7 @@ import torch
 from conformance import GENERATORS, generated
 from models import resnet18
 from torch import nn
+from torch_settings import deterministic
 
 import fxrpg
 from fxrpg.lowering import generate_weight, lowering_mode
@@ -66,17 +67,27 @@ def test_compiled_in_one_graph(mode):
 
 
 @pytest.mark.parametrize("mode", ["fused", "staged"])
+def test_compiled_to_cuda_graphs_from_the_first_call(mode):
+    """Of a seed that nothing has run with: what is made once must not be made in the graphs' memory."""
+    model = small_model(seed=len(mode)).eval()
+    x = torch.randn(2, 3, 64, 64, device="cuda")
+    run = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad(), lowering_mode(mode):
+        found = [run(x).clone() for _ in range(3)]
+        expected = model(x)
+    for out in found:
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["fused", "staged"])
 def test_atomics_and_the_gather_agree(mode):
     grads = []
-    for deterministic in (False, True):
+    for in_order in (False, True):
         model = small_model()
         x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cuda()
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        try:
-            with lowering_mode(mode), torch.backends.cudnn.flags(allow_tf32=False):
-                model(x).square().sum().backward()
-        finally:
-            torch.use_deterministic_algorithms(False)
+        exact = torch.backends.cudnn.flags(allow_tf32=False)
+        with deterministic(in_order, warn_only=True), lowering_mode(mode), exact:
+            model(x).square().sum().backward()
         grads.append(model.fxrpg_ring.grad.double())
     assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm()
 
@@ -87,12 +98,8 @@ def test_deterministic_gradients_repeat_bit_for_bit():
         weight = generated(GENERATORS["ring"][0], (64, 64), (0, 1), 96, torch.float32)
         state = weight.state.detach().cuda().requires_grad_()
         x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).cuda()
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            with lowering_mode("fused"):
-                torch.ops.fxrpg.linear.default(x, None, state, weight.scale.cuda(), weight.view, False).sum().backward()
-        finally:
-            torch.use_deterministic_algorithms(False)
+        with deterministic(warn_only=True), lowering_mode("fused"):
+            torch.ops.fxrpg.linear.default(x, None, state, weight.scale.cuda(), weight.view, False).sum().backward()
         found.append(state.grad)
     assert torch.equal(*found)
 
@@ -100,6 +107,7 @@ def test_deterministic_gradients_repeat_bit_for_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_a_resnet_on_every_path_and_type(dtype, channels_last):
+    torch.backends.cudnn.allow_tf32 = True  # until the test ends, as it is by default
     model = small_model().eval()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(8, 3, 96, 96, device="cuda").contiguous(memory_format=layout)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threads import threads
 from torch import Tensor
+from torch_settings import threads
 
 from fxrpg import hashing
 from fxrpg.hashing import (

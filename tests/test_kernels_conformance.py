@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from conformance import GENERATORS, LAYERS, LayerCase, generated
+from conformance import GENERATORS, LAYERS, LayerCase, generated, opcheck
+from kernel_cases import DEVICE, close
 from torch import Tensor
 
 import fxrpg
@@ -15,7 +16,6 @@ from fxrpg.generators.ring import Ring
 from fxrpg.lowering import Generated, lowering_mode
 
 pytestmark = pytest.mark.kernels
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 FUSED = {  # kernels that each op launches when fused: forward and the input's gradient, the state's gradient
     "linear": ("linear_kernel", "linear_state_grad_kernel"),
@@ -58,10 +58,7 @@ def run(case: LayerCase, weight: Generated, mode: str, dtype: torch.dtype) -> tu
 
 def assert_alike(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape
-        assert one.dtype == other.dtype
-        size = other.double().abs().max().item() or 1.0
-        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance * size)
+        close(one, other, tolerance)
 
 
 def launched() -> dict[str, int]:
@@ -128,23 +125,8 @@ def test_the_mode_of_the_forward_reaches_a_backward_in_another_thread():
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_opcheck_of_fused_ops(case):
     weight = on_device(generated(Ring(), case.weight, case.order, 64, torch.float32))
-    calls = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append((func, args)) if func.namespace == "fxrpg" else None
-            return func(*args, **(kwargs or {}))
-
-    inputs = [x.to(DEVICE).requires_grad_(x.is_floating_point()) for x in case.make_inputs(torch.float32)]
-    with lowering_mode("fused"), Record():
-        case.lowered(inputs, weight, None).sum().backward()
-    assert {func.name() for func, _ in calls} == {f"fxrpg::{case.op}", f"fxrpg::{case.op}_backward"}
-    for func, args in calls:
-        args = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
-        if not func.name().endswith("_backward"):
-            args = [a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        with lowering_mode("fused"):
-            torch.library.opcheck(func, tuple(args))
+    with lowering_mode("fused"):
+        opcheck(case, [x.to(DEVICE) for x in case.make_inputs(torch.float32)], weight, None)
 
 
 def test_compiled_in_one_graph_the_kernels_run():
@@ -160,3 +142,17 @@ def test_compiled_in_one_graph_the_kernels_run():
     ran = {name for name, count in launched().items() if count > before.get(name, 0)}
     assert ran == {"conv_kernel", "conv_state_grad_kernel", "linear_kernel", "linear_state_grad_kernel"}
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fused", "staged", "materialized"])
+def test_gradients_of_channels_last_scores_are_channels_last(mode):
+    """As the ops' fake kernels say, on which compiled code relies."""
+    weight = on_device(generated(GENERATORS["pemn"][0], (8, 32, 3, 3), (0, 2, 3, 1), 64, torch.float32))
+    state = weight.state.detach().contiguous(memory_format=torch.channels_last)
+    grad, x = torch.ones(2, 8, 3, 3, device=DEVICE), torch.ones(2, 32, 5, 5, device=DEVICE)
+    config = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    with lowering_mode(mode):
+        *_, found = torch.ops.fxrpg.conv_backward.default(
+            grad, x, state, weight.scale, weight.view, *config, [False, False, True]
+        )
+    assert found.stride() == state.stride()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import TARGETS, compiled, in_process_without_interpreter
 from conformance import GENERATORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE, NARROW, TARGETS, compiled, poisoned, same_bits
 from torch import Tensor
+from torch_settings import deterministic
 
 from fxrpg.generator import Generator
 from fxrpg.generators.pemn import Pemn
@@ -23,18 +26,15 @@ from fxrpg.kernels.fused import embedding as kernels
 from fxrpg.kernels.fused.launch import LAUNCHES
 
 pytestmark = pytest.mark.kernels
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = encode_scales(torch.tensor([9.0, 0.7512, 9.0])).to(DEVICE)
 METHODS = st.sampled_from([*GENERATORS["ring"], *GENERATORS["pemn"]])
 FREEZING = [Ring(bits=8), Pemn(), Pemn(threshold="global", permuted=True)]
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that is not written is NaN."""
-    torch.use_deterministic_algorithms(DEVICE == "cpu")
-    yield
-    torch.use_deterministic_algorithms(False)
+def unwritten_memory_shows():
+    with poisoned():
+        yield
 
 
 def table(
@@ -74,13 +74,6 @@ def staged_grad(view: View, state: Tensor, grad: Tensor, index: Tensor, padding:
         return accumulate_gradient(dense, state, SCALE, view.text)
 
 
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
-    """-0.0 is not 0.0."""
-    assert not found.isnan().any()
-    assert found.shape == expected.shape
-    assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
-
-
 COLUMNS = st.sampled_from([1, 5, 32, 64, 96, 130])
 
 
@@ -91,7 +84,7 @@ COLUMNS = st.sampled_from([1, 5, 32, 64, 96, 130])
     columns=COLUMNS,
     size=st.sampled_from([37, 96, 64]),
     shape=st.sampled_from([(), (1,), (7,), (2, 9), (2, 0, 3), (3, 2, 4)]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from(NARROW),
     stored=st.sampled_from([torch.float32, torch.bfloat16]),
     integers=st.sampled_from([torch.int64, torch.int32]),
 )
@@ -101,7 +94,7 @@ def test_rows_are_those_of_the_staged_path(method, rows, columns, size, shape, d
     found = kernels.forward(view, state, SCALE, index, dtype)
     assert found.dtype == dtype
     assert found.is_contiguous()
-    assert_same_bits(found, staged_rows(view, state, index, dtype))
+    same_bits(found, staged_rows(view, state, index, dtype))
 
 
 @pytest.mark.parametrize("method", FREEZING, ids=repr)
@@ -110,7 +103,7 @@ def test_rows_of_frozen_states(method, columns):
     view, state = table(method, 9, columns)
     frozen, index = method.freeze(state, view), indices(9, (2, 7))
     found = kernels.forward(view, frozen, SCALE, index, torch.float16)
-    assert_same_bits(found, staged_rows(view, frozen, index, torch.float16))
+    same_bits(found, staged_rows(view, frozen, index, torch.float16))
     assert kernels.state_grad(view, frozen, SCALE, found, index, -1, False) is None
 
 
@@ -150,12 +143,12 @@ def test_gradients_of_low_precision_are_summed_in_float32(by_freq):
     torch.testing.assert_close(found, view.generator.accumulate(dense, state, view), rtol=1e-4, atol=1e-6)
 
 
-def test_indices_of_any_strides():
+@pytest.mark.parametrize("index", [indices(9, (6, 8)).t()[::2], indices(9, (1,)).expand(7)], ids=["turned", "expanded"])
+def test_indices_of_any_strides(index):
     view, state = table(Ring(), 9, 40)
-    index = indices(9, (6, 8)).t()[::2]
     found = kernels.forward(view, state, SCALE, index, torch.float32)
-    assert_same_bits(found, staged_rows(view, state, index))
-    grad = torch.randn(40, *index.shape).to(DEVICE).permute(1, 2, 0)
+    same_bits(found, staged_rows(view, state, index))
+    grad = torch.randn(40, *index.shape).to(DEVICE).movedim(0, -1)
     found = kernels.state_grad(view, state, SCALE, grad, index, 2, False)
     torch.testing.assert_close(found, staged_grad(view, state, grad, index, 2, False))
 
@@ -171,7 +164,7 @@ def test_rows_that_are_not_there(wrong):
     else:
         found = kernels.forward(view, state, SCALE, index, torch.float32)
         assert found[1].isnan().all()
-        assert_same_bits(found[::2], staged_rows(view, state, index[::2]))
+        same_bits(found[::2], staged_rows(view, state, index[::2]))
     grad = torch.ones(3, 40, device=DEVICE)
     found = kernels.state_grad(view, state, SCALE, grad, index, -1, False)
     torch.testing.assert_close(found, staged_grad(view, state, grad[::2], index[::2], -1, False))
@@ -182,15 +175,11 @@ def test_tables_far_out_in_a_shared_address_space(block):
     method = Ring(block=block, layout="shuffle")
     for columns in (10, 64):
         near, state = table(method, 5, columns)
-        far = View(**{**vars_of(near), "offset": (1 << 33) + 32 * 7, "total": (1 << 34) + 64})
+        far = dataclasses.replace(near, offset=(1 << 33) + 32 * 7, total=(1 << 34) + 64)
         index = torch.arange(5, device=DEVICE)
         assert method.form(state, far, 64).spec.wide
         found = kernels.forward(far, state, SCALE, index, torch.float32)
-        assert_same_bits(found, staged_rows(far, state, index))
-
-
-def vars_of(view: View) -> dict[str, object]:
-    return {name: getattr(view, name) for name in View.__dataclass_fields__}
+        same_bits(found, staged_rows(far, state, index))
 
 
 def test_what_is_refused():
@@ -199,11 +188,11 @@ def test_what_is_refused():
     assert kernels.forward(view, state, SCALE, index, torch.float64) is None
     assert kernels.forward(view, state.double(), SCALE, index, torch.float32) is None
     assert kernels.state_grad(view, state, SCALE, grad.double(), index, -1, False) is None
-    sideways = View(**{**vars_of(view), "order": (1, 0)})
+    sideways = dataclasses.replace(view, order=(1, 0))
     assert kernels.forward(sideways, state, SCALE, index, torch.float32) is None
     if DEVICE == "cuda":
-        torch.use_deterministic_algorithms(True)
-        assert kernels.state_grad(view, state, SCALE, grad, index, -1, False) is None
+        with deterministic():
+            assert kernels.state_grad(view, state, SCALE, grad, index, -1, False) is None
 
 
 def test_launches_are_counted():
@@ -214,21 +203,16 @@ def test_launches_are_counted():
     assert LAUNCHES - before == {"embedding_kernel": 1, "embedding_state_grad_kernel": 1}
 
 
-def compile_all() -> None:
-    for name, method in (("ring", Ring()), ("pemn", Pemn())):
-        view, state = table(method, 300, 64)
-        index, out = torch.zeros(40, dtype=torch.int64), torch.empty(40, 64, dtype=torch.bfloat16)
-        form = method.form(state, view, 64, out.dtype)
-        shared = {"BEGIN": form.begin, "args": form.args, "SPEC": form.spec, "BLOCK_ROWS": 8, "BLOCK_COLUMNS": 64}
-        sizes = (1, 40, 300, 64)
-        for target in TARGETS:
-            arguments = (out, index, SCALE, *sizes)
-            compiled(kernels.embedding_kernel, arguments, {"TILE": form.tile, **shared}, target)
-            arguments = (out, index, torch.empty(1), SCALE, *sizes, 3)
-            gradient = {"ACCUMULATE": form.accumulate, "SHARED": True, **shared}
-            compiled(kernels.embedding_state_grad_kernel, arguments, gradient, target)
-            print(name, *target)
+def launches() -> None:
+    """Of both kernels, with addresses computed and with a mask."""
+    for method in (Ring(), Pemn()):
+        view, state = table(method, 300, 64, torch.bfloat16)
+        index = indices(300, (40,))
+        grad = kernels.forward(view, state, SCALE, index, torch.bfloat16)
+        kernels.state_grad(view, state, SCALE, grad, index, 3, True)
 
 
-def test_kernels_compile_for_every_target():
-    assert len(in_process_without_interpreter("test_kernels_embedding", "compile_all").splitlines()) == 2 * len(TARGETS)
+def test_kernels_compile_for_every_target_and_do_not_spill():
+    found = compiled("test_kernels_embedding")
+    assert len(found) == 4 * len(TARGETS)
+    assert not any(row.spills for row in found), found

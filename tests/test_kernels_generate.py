@@ -9,11 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-from compiled import in_process_without_interpreter
 from conformance import GENERATORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE, NARROW, TARGETS, compiled, same_bits
 from torch import Tensor
+from torch_settings import deterministic
 
 from fxrpg.generators.pemn import Pemn
 from fxrpg.generators.ring import BLOCKS, LAYOUTS, Ring
@@ -24,7 +25,6 @@ from fxrpg.view import View
 triton = pytest.importorskip("triton", reason="kernels need the package triton")
 tl = triton.language
 pytestmark = pytest.mark.kernels
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RINGS = [
     *GENERATORS["ring"],
     Ring(block=64),
@@ -35,7 +35,6 @@ RINGS = [
 SHAPES = [((5, 7), (0, 1)), ((9, 64), (0, 1)), ((4, 32, 3, 1), (0, 2, 3, 1)), ((7,), (0,)), ((6, 3, 2), (1, 2, 0))]
 """Shapes of weights with their logical orders: short rows, whole blocks, kernels, one axis, a transposed order."""
 SCALES = encode_scales(torch.tensor([9.0, 0.75, 9.0, 1.1, 0.3])).to(DEVICE)
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def view_of(ring: Any, shape: tuple[int, ...], order: tuple[int, ...], size: int, seed: int = 3) -> View:
@@ -69,12 +68,6 @@ def tiles(cut: tuple[int, int]) -> Any:
         return Tiling(columns, *cut, -(-rows // cut[0]) * -(-columns // cut[1]), False)
 
     return tiling
-
-
-def same_bits(found: Tensor, expected: Tensor) -> None:
-    words = {2: torch.int16, 4: torch.int32}[found.element_size()]
-    assert found.dtype == expected.dtype
-    assert torch.equal(found.contiguous().view(words), expected.contiguous().view(words))
 
 
 @pytest.mark.parametrize("ring", RINGS, ids=str)
@@ -203,12 +196,9 @@ def test_gathered_gradients_have_the_bits_of_torch(block, size):
     view, state = view_of(ring, (6, 33, 3, 1), (0, 2, 3, 1), size + -size % block), random(size + -size % block)
     state[::3] = 0
     grad, before = random(6, 33, 3, 1, seed=1), LAUNCHES["gather_kernel"]
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         found = accumulate(grad, state, view)
         assert torch.equal(found, ring.accumulate(grad, state, view))
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert LAUNCHES["gather_kernel"] == before + 1
 
 
@@ -248,14 +238,11 @@ def test_any_ring_and_shape(block, layout, size, rows, columns, kernel, seed, dt
     grad, wide = random(rows, columns, kernel, seed=1), state.double()
     expected = ring.scatter_gradient(grad.double(), wide, view).float()
     torch.testing.assert_close(accumulate(grad, state, view), expected)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         found = accumulate(grad, state, view)
         assert (found is None) == (layout != "arc" or size % ring.block != 0)
         if found is not None:
             assert torch.equal(found, ring.gather_gradient(grad, state, view))
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("scale", [None, SCALES], ids=["unscaled", "scaled"])
@@ -312,28 +299,21 @@ def test_scores_of_a_mask_have_the_gradient_of_torch():
     torch.testing.assert_close(accumulate(grad, state, view), pemn.accumulate(grad, state, view))
 
 
-def compile_all() -> None:
-    """Print what the kernels come to for every target."""
-    from bench.machine_code import code_of, compiled
+def launches() -> None:
+    """Of every kernel, for rings of whole runs and of single elements."""
     from fxrpg.kernels.fused.gather import gather
     from fxrpg.kernels.fused.generate import accumulate, form_of, generate
-    from fxrpg.kernels.fused.launch import recorded
     from fxrpg.kernels.fused.many import generate_many
 
-    with recorded() as launches:
-        for ring in (Ring(), Ring(block=1)):
-            view, state = view_of(ring, (64, 64), (0, 1), 640), random(640, dtype=torch.bfloat16)
-            generate(view, state, SCALES, state.dtype)
-            accumulate(random(64, 64), state, view)
-            generate_many([view] * 3, state, SCALES, state.dtype)
-            gather(random(64, 64), form_of(view, state), view)
-    for launch in launches:
-        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-            kernel = compiled(launch, target)
-            print(launch.kernel.__name__, target, code_of(kernel).spills if target == "sm_90" else 0)
+    for ring in (Ring(), Ring(block=1)):
+        view, state = view_of(ring, (64, 64), (0, 1), 640), random(640, dtype=torch.bfloat16)
+        generate(view, state, SCALES, state.dtype)
+        accumulate(random(64, 64), state, view)
+        generate_many([view] * 3, state, SCALES, state.dtype)
+        gather(random(64, 64), form_of(view, state), view)
 
 
 def test_kernels_compile_for_every_target_and_do_not_spill():
-    lines = in_process_without_interpreter("test_kernels_generate", "compile_all").splitlines()
-    assert len(lines) == 8 * 4
-    assert all(line.endswith(" 0") for line in lines), lines
+    found = compiled("test_kernels_generate")
+    assert len(found) == 8 * len(TARGETS)
+    assert not any(row.spills for row in found), found

@@ -5,31 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import GENERATORS, generated
+from conformance import GENERATORS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE, close, poisoned, weight_of
 
 from fxrpg.dispatch import Tile
 from fxrpg.generators.ring import Ring
-from fxrpg.lowering import accumulate_gradient, generate_weight
-from fxrpg.view import View
+from fxrpg.lowering import accumulate_gradient
 
 pytestmark = pytest.mark.kernels
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GENERATORS_INLINED = [*GENERATORS["ring"], *GENERATORS["pemn"], Ring(block=64)]
-
-
-def weight_of(generator, shape, size=96, seed=3):
-    from fxrpg.kernels.fused.weight import Weight
-
-    text = generated(generator, shape, (0, 1), size, torch.float32, seed)
-    view, state, scale = View.parse(text.view), text.state.detach().to(DEVICE), text.scale.to(DEVICE)
-    return Weight.of(view, state, scale), generate_weight(state, scale, text.view)
-
-
-def close(found, expected):
-    size = expected.abs().max().item() or 1.0
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * size)
 
 
 @settings(max_examples=30)
@@ -49,7 +35,7 @@ def test_products_of_any_shape_and_tile(generator, rows, columns, positions, n, 
     from fxrpg.kernels.fused.epilogue import Epilogue
     from fxrpg.kernels.fused.linear import multiply
 
-    weight, dense = weight_of(generator, (rows, columns), data.draw(st.integers(1, 300)))
+    weight, dense = weight_of(generator, (rows, columns), size=data.draw(st.integers(1, 300)))
     x = torch.randn(positions, rows if transposed else columns, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     bias = torch.randn(columns if transposed else rows, device=DEVICE) if data.draw(st.booleans()) else None
     tile = Tile(n=n, m=m, k=k, splits=splits)
@@ -97,29 +83,19 @@ def test_epilogues(activation, splits):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_every_element_is_written_and_nothing_else_is_read(transposed, monkeypatch):
+def test_every_element_is_written_and_nothing_else_is_read(transposed):
     """Outputs and workspaces start as NaN; what lies beyond the operands is NaN too."""
     from fxrpg.kernels.fused.linear import multiply
 
-    poisoned(monkeypatch)
     weight, dense = weight_of(Ring(), (33, 96))
     terms = 33 if transposed else 96
     memory = torch.full((5 * terms + 512,), float("nan"), device=DEVICE)
     x = memory[256 : 256 + 5 * terms].view(5, terms)
     x.copy_(torch.randn(5, terms))
     for tile in (Tile(n=32, m=16, k=32), Tile(n=16, m=16, k=64, splits=2), Tile(n=16, m=8, k=32)):
-        close(multiply(weight, x, tile, transposed), F.linear(x, dense.t() if transposed else dense))
-
-
-def poisoned(monkeypatch):
-    """Fresh memory is full of NaN."""
-    empty = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        out = empty(self, *args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+        with poisoned():
+            found = multiply(weight, x, tile, transposed)
+        close(found, F.linear(x, dense.t() if transposed else dense))
 
 
 def test_products_do_not_depend_on_what_masked_terms_hold():

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import TARGETS, compiled, in_process_without_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE, NARROW, TARGETS, compiled, same_bits
 from torch import Tensor
 
 from fxrpg.generators.pemn import Pemn
@@ -18,7 +18,6 @@ from fxrpg.view import View
 triton = pytest.importorskip("triton", reason="kernels need the package triton")
 tl = triton.language
 pytestmark = pytest.mark.kernels
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEVER = -54321.0
 """No value of any test."""
 
@@ -49,10 +48,12 @@ def accumulate_kernel(
 
 
 def run(kernel: Any, tensor: Tensor, view: View, form: Any, tile: tuple[int, int], **function: Any) -> None:
+    from fxrpg.kernels.fused.launch import launch
+
     rows, columns = view.count // view.fan_in, view.fan_in
     grid = -(-rows // tile[0]), -(-columns // tile[1])
-    constants = {"BLOCK_ROWS": tile[0], "BLOCK_COLUMNS": tile[1], "enable_fp_fusion": True}
-    kernel[grid](tensor, rows, columns, BEGIN=form.begin, **function, args=form.args, SPEC=form.spec, **constants)
+    constants = {"BEGIN": form.begin, "args": form.args, "SPEC": form.spec, **function}
+    launch(kernel, grid, tensor, tensor, rows, columns, **constants, BLOCK_ROWS=tile[0], BLOCK_COLUMNS=tile[1])
 
 
 def generated(state: Tensor, view: View, dtype: torch.dtype, tile: tuple[int, int], told: bool = True) -> Tensor:
@@ -68,14 +69,6 @@ def accumulated(grad: Tensor, state: Tensor, view: View, tile: tuple[int, int]) 
     out = torch.zeros(state.shape, device=DEVICE)
     run(accumulate_kernel, view.to_logical(grad).contiguous(), view, form.into(out), tile, ACCUMULATE=form.accumulate)
     return out
-
-
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
-    """-0.0 is not 0.0; any NaN is NaN."""
-    found, expected = found.cpu(), expected.cpu()
-    assert torch.equal(found.isnan(), expected.isnan())
-    found, expected = (x.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf) for x in (found, expected))
-    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
 def view_of(method: Pemn, shape: tuple[int, ...], size: int = 37, lead: int = 0, total: int | None = None) -> View:
@@ -105,8 +98,8 @@ SHAPES = st.sampled_from(
     size=st.sampled_from([1, 8, 24, 37, 100, 5000]),
     lead=st.sampled_from([0, 32, 13]),
     packed=st.booleans(),
-    stored=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    stored=st.sampled_from([*NARROW, torch.float64]),
+    dtype=st.sampled_from(NARROW),
 )
 def test_values_are_those_of_materialize(data, shape, size, lead, packed, stored, dtype):
     method = Pemn(
@@ -121,7 +114,7 @@ def test_values_are_those_of_materialize(data, shape, size, lead, packed, stored
     expected = view.to_logical(method.materialize(state, view, dtype))
     tile = data.draw(st.sampled_from([(1, 16), (4, 32), (2, 64), (8, 128)]))
     told = data.draw(st.booleans())
-    assert_same_bits(generated(method.freeze(state, view) if packed else state, view, dtype, tile, told), expected)
+    same_bits(generated(method.freeze(state, view) if packed else state, view, dtype, tile, told), expected)
 
 
 @settings(max_examples=20)
@@ -159,7 +152,7 @@ def test_scores_that_are_not_finite(threshold, fill):
             flat[3], flat[9] = (math.nan, -math.inf) if fill == "mixed" else (float(fill), float(fill))
         expected = view.to_logical(method.materialize(state, view, torch.float32))
         assert expected.isnan().any()
-        assert_same_bits(generated(state, view, torch.float32, (2, 32)), expected)
+        same_bits(generated(state, view, torch.float32, (2, 32)), expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
@@ -179,7 +172,7 @@ def test_the_threshold_of_all_scores_may_lie_in_another_weight():
         view = view_of(method, (2, 64), lead=lead, total=192)
         state = torch.ones(192, device=DEVICE)
         found = generated(state, view, torch.float32, (2, 64))
-        assert_same_bits(found, view.to_logical(method.materialize(state, view, torch.float32)))
+        same_bits(found, view.to_logical(method.materialize(state, view, torch.float32)))
         assert found.count_nonzero() == (48 if lead == 0 else 0)
 
 
@@ -192,7 +185,7 @@ def test_permutations_of_more_than_32_bits(shape, packed):
     form = method.form(state, view, 32)
     assert form.spec.wide
     expected = view.to_logical(method.materialize(state, view, torch.float32))
-    assert_same_bits(generated(method.freeze(state, view) if packed else state, view, torch.float32, (2, 32)), expected)
+    same_bits(generated(method.freeze(state, view) if packed else state, view, torch.float32, (2, 32)), expected)
     if not packed:
         grad = torch.randn(shape).to(DEVICE)
         assert torch.equal(accumulated(grad, state, view, (2, 32)), method.accumulate(grad, state, view))
@@ -206,7 +199,7 @@ def test_bits_past_the_thirty_second(lead):
     state[lead // 8 :] = torch.randint(256, (len(state) - lead // 8,), generator=torch.Generator().manual_seed(2))
     expected = view.to_logical(method.materialize(state, view, torch.bfloat16))
     assert expected.count_nonzero() > 30
-    assert_same_bits(generated(state, view, torch.bfloat16, (2, 64)), expected)
+    same_bits(generated(state, view, torch.bfloat16, (2, 64)), expected)
 
 
 def test_packed_bits_that_begin_at_any_byte():
@@ -215,7 +208,7 @@ def test_packed_bits_that_begin_at_any_byte():
     packed = method.freeze(scores_of(view), view)
     shifted = torch.cat([packed[:1], packed])[1:]
     assert shifted.data_ptr() % 4
-    assert_same_bits(generated(shifted, view, torch.float32, (2, 64)), generated(packed, view, torch.float32, (2, 64)))
+    same_bits(generated(shifted, view, torch.float32, (2, 64)), generated(packed, view, torch.float32, (2, 64)))
 
 
 def test_a_table_too_long_to_be_repeated():
@@ -228,7 +221,7 @@ def test_a_table_too_long_to_be_repeated():
     assert not form.spec.whole
     out = torch.full((view.count,), NEVER, device=DEVICE)
     run(tile_kernel, out, view, form, (1, 1 << 15), TILE=form.tile)
-    assert_same_bits(out, view.to_logical(method.materialize(state, view, torch.float32)))
+    same_bits(out, view.to_logical(method.materialize(state, view, torch.float32)))
 
 
 def test_weights_of_a_model_share_one_table():
@@ -243,28 +236,24 @@ def test_weights_of_a_model_share_one_table():
     assert first.data_ptr() != second.data_ptr(), "as large as the weight: not kept"
 
 
-def compile_all() -> None:
-    method = {key: Pemn(**settings) for key, settings in _COMPILED.items()}
-    for key, generator in method.items():
-        view = view_of(generator, (4, 32, 3, 3) if key == "scores" else (8, 64), lead=32)
-        state = scores_of(view, torch.float64 if key == "wide" else torch.bfloat16)
-        if key == "packed":
-            state = generator.freeze(state, view)
-        if key == "wide":
-            view = view_of(generator, (8, 64), total=1 << 33)
-        form = generator.form(state, view, 64, torch.bfloat16)
-        constants = {"BEGIN": form.begin, "args": form.args, "SPEC": form.spec, "BLOCK_ROWS": 16, "BLOCK_COLUMNS": 64}
-        out = torch.empty(1, dtype=torch.bfloat16)
-        for target in TARGETS:
-            compiled(tile_kernel, (out, 8, 64), constants | {"TILE": form.tile}, target)
-            if key == "scores":
-                compiled(accumulate_kernel, (out, 8, 64), constants | {"ACCUMULATE": form.accumulate}, target)
-            print(key, *target)
+def launches() -> None:
+    """From packed bits; from scores, and their gradient; by a permutation in 64 bits."""
+    tile = (16, 64)
+    for method, shape, total in (
+        (Pemn(), (8, 64), None),
+        (Pemn(), (4, 32, 3, 3), None),
+        (Pemn(permuted=True), (8, 64), 1 << 33),
+    ):
+        view = view_of(method, shape, lead=32, total=total)
+        state = scores_of(view, torch.float64 if total else torch.bfloat16)
+        if len(shape) == 2 and not total:
+            state = method.freeze(state, view)
+        generated(state, view, torch.bfloat16, tile)
+        if len(shape) == 4:
+            accumulated(torch.zeros(shape, dtype=torch.bfloat16), state, view, tile)
 
 
-_COMPILED: dict[str, dict[str, Any]] = {"packed": {}, "scores": {}, "wide": {"permuted": True}}
-
-
-def test_kernels_compile_for_every_target():
-    printed = in_process_without_interpreter("test_kernels_pemn", "compile_all")
-    assert len(printed.splitlines()) == len(TARGETS) * len(_COMPILED)
+def test_kernels_compile_for_every_target_and_do_not_spill():
+    found = compiled("test_kernels_pemn")
+    assert len(found) == 4 * len(TARGETS)
+    assert not any(row.spills for row in found), found

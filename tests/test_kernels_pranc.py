@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compiled import TARGETS, in_process_without_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE, NARROW, TARGETS, compiled, poisoned, same_bits
 from torch import Tensor
 
 from fxrpg import Pranc
@@ -21,12 +18,10 @@ from fxrpg.hashing import COLUMN, ROW, words_at
 from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.view import View
 
-triton = pytest.importorskip("triton", reason="kernels need the package triton")
+pytest.importorskip("triton", reason="kernels need the package triton")
 pytestmark = pytest.mark.kernels
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAWS = ("rademacher", "uniform", "khatri_rao")
 EVERY_LAW = pytest.mark.parametrize("law", LAWS)
-NARROW = [torch.float32, torch.bfloat16, torch.float16]
 EXAMPLES = settings(max_examples=12, deadline=None)
 SMALL = {
     "rademacher": {"block": 16, "words": 4, "warps": 4},
@@ -81,29 +76,17 @@ def numbers(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def same(found: Tensor | None, expected: Tensor) -> None:
-    """Bit for bit, zeros' signs too, except that any NaN is as good as another."""
-    assert found is not None
-    found = found.cpu()
-    assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
-    integers = {2: torch.int16, 4: torch.int32}[expected.itemsize]
-    assert torch.equal(found.isnan(), expected.isnan())
-    there = ~expected.isnan()
-    assert torch.equal(found[there].view(integers), expected[there].view(integers))
+    """Bit for bit, and laid out alike."""
+    same_bits(found, expected)
+    assert found.stride() == expected.stride()
 
 
 def generated(
     view: View, state: Tensor, dtype: torch.dtype, scale: Tensor | None = None, **tiles: int
 ) -> Tensor | None:
-    """By the kernels, in memory that was full of NaN: what they do not write shows."""
-    given, empty = state.to(DEVICE), torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan if out.is_floating_point() else 77)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", poisoned)
-        return pair().generate(view, given, None if scale is None else scale.to(DEVICE), dtype, **tiles)
+    """By the kernels, in memory where what they do not write shows."""
+    with poisoned():
+        return pair().generate(view, state.to(DEVICE), None if scale is None else scale.to(DEVICE), dtype, **tiles)
 
 
 def accumulated(grad: Tensor, state: Tensor, view: View, **tiles: int) -> Tensor | None:
@@ -289,54 +272,21 @@ def test_words_are_the_stream(count, seed, tensor):
 # Compiled for GPUs that are not here.
 
 
-def machine_code(kernel: Any) -> str:
-    """What `cuobjdump`, which comes with Triton, prints of a compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-
-
-def compiled_for(call: Any, target: tuple[Any, ...]) -> Any:
-    """A recorded launch, compiled for a target."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
-    signature, attributes = dict.fromkeys(call.kernel.arg_names, "constexpr"), {}
-    for i, value in enumerate(call.args):
-        tensor = isinstance(value, Tensor)
-        signature[call.kernel.arg_names[i]] = f"*{names[value.dtype]}" if tensor else "i32"
-        if tensor or value % 16 == 0:
-            attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(call.kernel, signature, constexprs=call.constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget(*target), options=call.options)
-
-
-def report() -> None:
-    """Compile every launch of every law and say where something is wrong. Run in a process of its own."""
-    from fxrpg.kernels.fused.launch import recorded
-
+def launches() -> None:
+    """Of every law, a large weight and its gradient."""
     for law in LAWS:
         view = view_of(law, (256, 64, 3, 3), 4096, (0, 2, 3, 1))
-        with recorded() as launches:
-            pair().generate(view, torch.ones(4096), torch.ones(1, 3), torch.bfloat16)
-            pair().accumulate(torch.ones(view.shape), torch.ones(4096), view)
-        for call in launches:
-            name = call.kernel.__name__
-            matrix = "combine" in name or "khatri" in name or name == "project_kernel"
-            for target in TARGETS if matrix else TARGETS[1:2]:
-                found = compiled_for(call, target)
-                if target[1] != 90:
-                    continue
-                code = machine_code(found)
-                spills = code.count(" LDL") + code.count(" STL")
-                assert spills <= 16, f"{law} {name} spills {spills} times"  # a few numbers may wait for the loop to end
-                assert found.metadata.shared < 227 * 1024, f"{law} {name} needs {found.metadata.shared} bytes"
-                assert not matrix or "IGMMA" in code, f"{law} {name} multiplies without tensor cores"
-    print("compiled")
+        pair().generate(view, torch.ones(4096), torch.ones(1, 3), torch.bfloat16)
+        pair().accumulate(torch.ones(view.shape), torch.ones(4096), view)
 
 
-def test_the_kernels_compile_without_spills():
-    assert in_process_without_interpreter("test_kernels_pranc", "report").strip() == "compiled"
+def test_kernels_compile_for_every_target_and_fit_hopper():
+    """Without spills, in its shared memory, and products on its tensor cores."""
+    found = compiled("test_kernels_pranc")
+    assert {row.target for row in found} == set(TARGETS)
+    hopper = [row for row in found if row.target == "sm_90"]
+    assert not any(row.spills for row in hopper), hopper
+    assert max(row.shared for row in hopper) < 227 * 1024
+    products = [row for row in hopper if row.kernel.startswith(("combine", "khatri_rao", "project"))]
+    assert len(products) == 2 * len(LAWS)
+    assert {row.mma for row in products} == {"IGMMA"}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxrpg
-from fxrpg.assemble import assemble, plan_of
+from fxrpg.assemble import plan_of
 from fxrpg.handle import handle_of
 from fxrpg.lowering import encode_scales
 from fxrpg.owner import SCALE
@@ -272,4 +272,3 @@ def test_assemble_leaves_the_argument_alone():
     code, names = gm.code, list(gm.state_dict())
     fxrpg.transform(gm, dof=12, plan=EVERYTHING)
     assert (gm.code, list(gm.state_dict())) == (code, names)
-    assert assemble.__doc__

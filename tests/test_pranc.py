@@ -16,11 +16,11 @@ import torch
 import torch.fx as fx
 from models import resnet18
 from paper_models import alexnet_cifar, convnet, lenet, resnet20, resnet56
-from threads import threads
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_settings import threads
 
 import fxrpg
 from fxrpg import FxrpgError, Pranc

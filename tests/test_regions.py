@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import threading
 
 import pytest
 import torch
@@ -198,6 +199,154 @@ def test_what_changes_later_counts(change):
     if "patched" not in change:  # a closure stays with the module that it was made for
         same_call(copy.deepcopy(plain), copy.deepcopy(small), x)
     assert fused(small, x) == left
+
+
+class Sees(nn.Module):
+    """Code that looks at more than attributes of its own."""
+
+    scale = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.more = warmed(BasicBlock(3, 4, 2)), nn.ModuleList([nn.Tanh()])
+        self.scheme = nn.Sequential(nn.Dropout(0.5))
+        self.register_parameter("shift", None)
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        x = F.dropout(self.block(x) * self.scale, 0.5, self.scheme.training)
+        for step in self.more:
+            x = step(x)
+        x = x if self.shift is None else x + self.shift
+        x = x if self.gate is None else x * self.gate
+        return self.finish(x + getattr(self, "offset", 0.0))
+
+    def finish(self, x):
+        return x
+
+
+SIGHTS = {
+    "an attribute of the class": lambda net: setattr(net, "scale", 2.0),
+    "an attribute that was not there": lambda net: setattr(net, "offset", 2.0),
+    "a method": lambda net: setattr(net, "finish", torch.exp),
+    "a parameter that was None": lambda net: setattr(net, "shift", nn.Parameter(torch.ones(()))),
+    "a parameter that is gone": lambda net: setattr(net, "gate", None),
+    "one more module in a list": lambda net: net.more.append(nn.Sigmoid()),
+    "the mode of a module that nobody calls": lambda net: net.scheme.train(),
+    "the order of modules": lambda net: net.block._modules.update(bn1=net.block._modules.pop("bn1")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_all_that_the_code_could_see_counts(sight):
+    torch.manual_seed(0)
+    net, x = Sees().eval(), torch.randn(2, 3, 8, 8)
+    plain, small = pair(net, x)
+    assert fused(small, x) == 3
+    for model in (plain, small):
+        SIGHTS[sight](model)
+    results = []
+    for model in (plain, small):
+        torch.manual_seed(1)
+        results.append(model(x))
+    assert torch.equal(*results)
+    assert fused(small, x) == 0
+
+
+class Asks(nn.Module):
+    """Code that asks about a tensor what a graph cannot answer, and goes by the size if told that it is one."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.block, self.question, self.table = warmed(BasicBlock(3, 3, 1)), question, {2: 1.0, 4: 3.0}
+
+    def forward(self, x):
+        return getattr(self, self.question)(x) * self.block(x)
+
+    def of_class(self, x):
+        return 2.0 if isinstance(x, torch.Tensor) and len(x) > 2 else 1.0
+
+    def of_class_of_a_result(self, x):
+        return 2.0 if isinstance(x.relu(), torch.Tensor) and len(x) > 2 else 1.0
+
+    def is_a_tensor(self, x):
+        return 2.0 if torch.is_tensor(x) and x.shape[0] > 2 else 1.0
+
+    def tries(self, x):
+        try:
+            return 2.0 if x.shape[0] > 2 else 1.0
+        except Exception:
+            return 1.0
+
+    def looks_up(self, x):
+        return self.table.get(x.shape[0], 1.0)
+
+    def is_one_of(self, x):
+        return 2.0 if x.shape[0] in {3, 4} else 1.0
+
+    def is_inferred(self, x):
+        return 2.0 if torch.is_inference_mode_enabled() else 1.0
+
+    def changes_the_mode(self, x):
+        with fxrpg.lowering_mode("materialized"):
+            return self.block(x)
+
+
+@pytest.mark.parametrize("question", [name for name in vars(Asks) if name not in vars(nn.Module) and name[0] != "_"])
+def test_questions_that_a_graph_cannot_answer(question):
+    """The code is not traced through, also where it survives that; the block that it calls is a region."""
+    torch.manual_seed(0)
+    plain, small = pair(Asks(question).eval(), torch.randn(2, 3, 6, 6))
+    assert set(dict(fxrpg.explain(small).dropped)) == {"Asks"}
+    for batch in (2, 4):
+        x = torch.randn(batch, 3, 6, 6)
+        with torch.inference_mode():
+            torch.testing.assert_close(small(x), plain(x))
+            assert fused(small, x) == 2
+
+
+def test_an_input_is_a_tensor():
+    class Expects(Asks):
+        def forward(self, x):
+            return self.block(x if isinstance(x, torch.Tensor) else x[0])
+
+    torch.manual_seed(0)
+    plain, small = pair(Expects("tries").eval(), x := torch.randn(2, 3, 6, 6))
+    same_call(plain, small, x)
+    assert type(small) is region_class(Expects)
+    assert isinstance(1, int)
+
+
+def test_other_threads_go_on(monkeypatch):
+    """torch.fx and the search replace what all threads use: only the thread that traces meets it."""
+    net, x = tiny()
+    went = []
+
+    def elsewhere():
+        with torch.no_grad():
+            went.append(nn.Sequential(nn.Linear(2, 2), nn.ReLU())(torch.ones(1, 2)))
+        went.append(Straight.apply(torch.ones(1)))
+
+    class Waits(Tiny):
+        def forward(self, x):
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            return super().forward(x)
+
+    net.__class__ = Waits
+    pair(net, x)
+    assert len(went) % 2 == 0
+    assert went
+
+
+def test_inference_mode_leaves_a_model_that_trains():
+    net, x = tiny()
+    with torch.inference_mode():
+        small = fxrpg.transform(net, dof=60, plan=EVERYTHING, example_inputs=(x,))
+    assert fused(small, x) == 3
+    small(x).sum().backward()
+    assert small.fxrpg_ring.grad is not None
 
 
 def test_calls_of_other_forms():
@@ -567,6 +716,8 @@ def test_strict_and_mode_of_lowering_and_graph_modules_and_meta():
     assert fused(small, x) == 3
     graph = fxrpg.transform(fx.symbolic_trace(net), dof=60, plan=EVERYTHING, example_inputs=(x,))
     assert fused(graph, x) == 3
+    with pytest.raises(fxrpg.FxrpgError, match=r"lstm needs a lowering.*Transform with strict=False"):
+        fxrpg.transform(nn.LSTM(3, 3), dof=20, plan=EVERYTHING, strict=True, example_inputs=(torch.ones(2, 1, 3),))
     with torch.device("meta"):
         meta = fxrpg.transform(Tiny(), dof=60, plan=EVERYTHING, example_inputs=(torch.empty(2, 3, 8, 8),))
     assert dict(fxrpg.explain(meta).dropped) == {"Tiny": "the meta device has no values to compare"}
@@ -576,6 +727,7 @@ BAD_EXAMPLES = [
     ({"example_inputs": torch.zeros(2, 3, 8, 8)}, "example_inputs: must be a tuple of arguments, found Tensor"),
     ({"example_inputs": [torch.zeros(2, 3, 8, 8)]}, "example_inputs: must be a tuple of arguments, found list"),
     ({"example_kwargs": [1]}, "example_kwargs: must be a dict of keyword arguments, found list"),
+    ({"example_kwargs": {1: 1}}, "example_kwargs: must be a dict of keyword arguments, found a key that is no string"),
     (
         {"example_inputs": (torch.zeros(2, 5, 8, 8),)},
         "example_inputs: the model must run on them, found RuntimeError: ",
@@ -635,3 +787,13 @@ def test_any_conv_norm_activation(data):
         assert torch.equal(results[plain][0], results[small][0])
         torch.testing.assert_close(results[plain][1], results[small][1])
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), small.buffers(), strict=True))
+
+
+def test_explain_forgets_what_it_expected_when_it_sees_what_happens():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3))
+    small = fxrpg.transform(model, dof=20, example_inputs=(torch.randn(2, 2, 9, 9),)).eval()
+    (row,) = (row for row in fxrpg.explain(small).rows if row.status == "generated")
+    assert (row.way, row.path) == ("region", "staged")
+    small(torch.randn(2, 2, 9, 9, requires_grad=True))  # gradients are wanted: the layers run one after the other
+    (row,) = (row for row in fxrpg.explain(small).rows if row.status == "generated")
+    assert (row.way, row.op) == ("handle", "conv2d")

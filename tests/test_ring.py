@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -12,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threads import threads
 from torch import Tensor, nn
+from torch_settings import deterministic, threads
 
 import fxrpg
 from fxrpg import Ring
@@ -27,16 +26,6 @@ EXAMPLES = settings(deadline=None, derandomize=True, max_examples=150)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ("arc", "shuffle", "block_diagonal", "hash")
 ALL_TENSORS = 0xFFFFFFFF
-
-
-@contextlib.contextmanager
-def deterministic_algorithms() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def fixed(seed: int) -> torch.Generator:
@@ -324,7 +313,7 @@ def test_scatter_on_the_cpu_does_not_depend_on_threads(layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "deterministic", "way"),
+    ("layout", "in_order", "way"),
     [
         ("arc", False, "scatter_gradient"),
         ("arc", True, "gather_gradient"),
@@ -333,12 +322,12 @@ def test_scatter_on_the_cpu_does_not_depend_on_threads(layout):
         ("block_diagonal", True, "scatter_gradient"),
     ],
 )
-def test_accumulate_gathers_where_it_must_be_deterministic(monkeypatch, layout, deterministic, way):
+def test_accumulate_gathers_where_it_must_be_deterministic(monkeypatch, layout, in_order, way):
     used = []
     for name in ("scatter_gradient", "gather_gradient"):
         monkeypatch.setattr(Ring, name, lambda self, grad, state, view, name=name: used.append(name))
     view = view_of(ring_of(layout), (10, 10))
-    with deterministic_algorithms() if deterministic else contextlib.nullcontext():
+    with deterministic(in_order):
         view.generator.accumulate(some_values(10, 10), torch.empty(64), view)
     assert used == [way]
 
@@ -346,7 +335,7 @@ def test_accumulate_gathers_where_it_must_be_deterministic(monkeypatch, layout, 
 def test_deterministic_gradients_are_the_same_gradients():
     view, state = view_of(Ring(), (64, 90), first=3, size=320), torch.empty(320)
     grad = whole_values(64, 90)
-    with deterministic_algorithms():
+    with deterministic():
         found = view.generator.accumulate(grad, state, view)
     assert torch.equal(found, view.generator.accumulate(grad, state, view))
 

@@ -5,7 +5,6 @@ Coordinates go in, not tile numbers; what comes out is a function of them, the s
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxrpg.device import settled
+from fxrpg.device import kept, settled
 from fxrpg.hashing import PERMUTE, Bijection
 from fxrpg.tiles.hashing import bijection_at, divided, numbers_of, permuted, remainder
 from fxrpg.tiles.rounding import cast
@@ -243,7 +242,7 @@ def pemn_form(state: Tensor, view: View, step: int, dtype: torch.dtype | None) -
     return Form(pemn_begin, pemn_tile, pemn_accumulate, (state, state, values, exact, numbers, bounds), spec)
 
 
-@functools.lru_cache(maxsize=4096)
+@kept(4096)
 def _prepared(
     text: str, packed: bool, whole_steps: bool, device: torch.device
 ) -> tuple[PemnSpec, Tensor, tuple[Any, ...]]:
@@ -292,7 +291,7 @@ def _drawn(drawing: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     return values[torch.arange(length + 32, device=device) % size]
 
 
-@functools.lru_cache(maxsize=4)
+@kept(4)
 def _table(drawing: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     """`_drawn`, kept: all weights of a model read the one table."""
     return settled(_drawn(drawing, dtype))

@@ -6,7 +6,6 @@ columns. What comes out is a function of them and the seed alone, whatever the t
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxrpg.device import settled
+from fxrpg.device import kept, settled
 from fxrpg.hashing import CELL, SIGN, random_words, stream_keys
-from fxrpg.tiles.hashing import permuted, remainder, wide_word_at, word_at
+from fxrpg.tiles.hashing import bijection_at, numbers_of, permuted, remainder, wide_word_at, word_at
 from fxrpg.tiles.ring_gather import gather_of
 from fxrpg.tiles.rounding import cast
 from fxrpg.view import Form, View
@@ -71,22 +70,10 @@ def ring_begin(args, SPEC: tl.constexpr):
         count, length = tl.load(numbers).to(tl.uint32), tl.load(numbers + 1).to(tl.uint32)
         first, cells = tl.load(numbers + 2).to(tl.uint32), tl.load(numbers + 3).to(tl.uint32)
     rows, rows_reciprocal = tl.load(numbers + 4).to(tl.uint32), tl.load(numbers + 5).to(tl.uint32)
-    a, b = tl.load(numbers + 6).to(tl.uint32), tl.load(numbers + 7).to(tl.uint32)
-    b_reciprocal, domain = tl.load(numbers + 8).to(tl.uint32), tl.load(numbers + 9)
-    keys = (
-        tl.load(numbers + 10).to(tl.uint32),
-        tl.load(numbers + 11).to(tl.uint32),
-        tl.load(numbers + 12).to(tl.uint32),
-        tl.load(numbers + 13).to(tl.uint32),
-        tl.load(numbers + 14).to(tl.uint32),
-        tl.load(numbers + 15).to(tl.uint32),
-        tl.load(numbers + 16).to(tl.uint32),
-        tl.load(numbers + 17).to(tl.uint32),
-    )
-    sign = (tl.load(numbers + 18).to(tl.uint32), tl.load(numbers + 19).to(tl.uint32))
-    cell = (tl.load(numbers + 20).to(tl.uint32), tl.load(numbers + 21).to(tl.uint32))
-    starts = tl.load(numbers + 22)
-    bijection = (a, b, b_reciprocal, domain, keys, numbers + 23)
+    sign = (tl.load(numbers + 6).to(tl.uint32), tl.load(numbers + 7).to(tl.uint32))
+    cell = (tl.load(numbers + 8).to(tl.uint32), tl.load(numbers + 9).to(tl.uint32))
+    starts = tl.load(numbers + 10)
+    bijection = bijection_at(numbers + 11)
     table = args[2] if SPEC.table else args[1]
     return (args[0], table, count, length, first, cells, rows, rows_reciprocal, bijection, sign, cell, starts)
 
@@ -251,31 +238,24 @@ def ring_form(ring: Any, state: Tensor, view: View, step: int, tables: bool = Fa
     return Form(ring_begin, ring_tile, ring_accumulate, args, spec, gather_of(ring, view, size))
 
 
-@functools.lru_cache(maxsize=4096)
+@kept(4096)
 def _numbers(text: str, size: int, device: torch.device) -> Tensor:
     """What `ring_begin` reads, int64: kept on the device, a few hundred bytes a view, so that a call copies nothing."""
     view = View.parse(text)
     ring: Any = view.generator
     bijection = ring.bijection(view)
-    a, b, domain = 1, 1, 1
-    keys: tuple[int, ...] = ()
-    holes: tuple[int, ...] = ()
-    if bijection:
-        (a, b), domain, keys = bijection.factors, bijection.count, bijection.keys
-        holes = bijection.holes + bijection.inverse_holes
     rows = -(-size // ring.block)
     first = view.offset % size if ring.layout == "block_diagonal" else view.offset // ring.block
     if ring.layout == "arc":
         first %= rows if size % ring.block == 0 else size
-    keys = (*keys, *[0] * (8 - len(keys)))
     sign, cell = (stream_keys(view.seed, purpose, view.tensor) for purpose in (SIGN, CELL))
     starts = size // math.gcd(view.fan_in, size)
-    values = (view.count, view.fan_in, first, size, rows, WORD // rows, a, b, WORD // b, domain)
-    numbers = torch.tensor([*values, *keys, *sign, *cell, starts, *holes], dtype=torch.int64, device="cpu")
-    return settled(numbers.to(device))
+    values = [view.count, view.fan_in, first, size, rows, WORD // rows, *sign, *cell, starts, *numbers_of(bijection)]
+    values += bijection.inverse_holes if bijection else ()
+    return settled(torch.tensor(values, dtype=torch.int64, device="cpu").to(device))
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def _table(text: str, size: int, device: torch.device) -> Tensor:
     """Which 32 cells each run of 32 elements reads, then the word of its signs: uint32 [2 * runs], 2 bits a weight."""
     view = View.parse(text)

@@ -62,6 +62,14 @@ def located(position, rows, columns):
 
 
 @triton.jit
+def written_at(image, p, q, channel, strides, ACROSS: tl.constexpr, DOWN: tl.constexpr):
+    """Where channels at positions (p, q) are stored, [channels, positions]."""
+    place = image * strides.batch + (p * DOWN.spread + DOWN.place) * strides.row
+    place += (q * ACROSS.spread + ACROSS.place) * strides.column
+    return place[None, :] + channel[:, None] * strides.channel
+
+
+@triton.jit
 def conv_kernel(
     y, x, bias, factor, shift, scale, slot, positions, rows, columns, height, width,
     outputs, terms, blocks, blocks_each, inner, group_rows, group_columns, y_strides, x_strides, size,
@@ -102,9 +110,8 @@ def conv_kernel(
         k0 = (i - tap * blocks) * BLOCK_K
         t, s = tap // ACROSS.taps, tap % ACROSS.taps
         h, w = top + t * DOWN.delta, left + s * ACROSS.delta
-        there = (m < positions) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        there = ((m < positions) & (h >= 0) & (h < height) & (w >= 0) & (w < width))[None, :]
         place = h * x_strides.row + w * x_strides.column
-        there = there[None, :]
         if MASKED:
             there = there & (k0 + k < terms)[:, None]
         value = tl.load((from_x + place)[None, :] + (k0 + k)[:, None] * channel_stride, mask=there, other=0.0)
@@ -117,9 +124,7 @@ def conv_kernel(
         total = product(weight, value, total, PRECISION)
     channel = group * outputs + n
     inside = (n < outputs)[:, None] & (m < positions)[None, :]
-    place = image * y_strides.batch + (p * DOWN.spread + DOWN.place) * y_strides.row
-    place += (q * ACROSS.spread + ACROSS.place) * y_strides.column
-    place = place[None, :] + channel[:, None] * y_strides.channel
+    place = written_at(image, p, q, channel, y_strides, ACROSS, DOWN)
     if SPLIT:
         tl.store(y + tl.program_id(1).to(tl.int64) * size + place, total, mask=inside)
     else:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from fxrpg.dispatch import Choice
+from fxrpg.dispatch import NARROW, Choice
 from fxrpg.kernels.conv import output_size
 from fxrpg.kernels.fused import conv, depthwise, linear
 from fxrpg.kernels.fused.conv import Geometry, weight_layout
@@ -25,7 +26,7 @@ def forward(choice: Choice, where: Any, xs: Any, finish: Any, config: Any) -> Te
     x = _as_images(xs[0], dims)
     if _is_matrix_product(x, view, geometry):
         rows = linear.multiply(weight, x.permute(0, 2, 3, 1), choice.tile, False, epilogue)
-        return _as_given(rows.permute(0, 3, 1, 2), xs[0], dims)
+        return _as_given(rows.permute(0, 3, 1, 2).contiguous(memory_format=suggest_memory_format(x)), xs[0], dims)
     kernel = (1,) * (2 - dims) + tuple(view.shape[2:])
     size = output_size(x.shape[2:], kernel, *geometry[:3], geometry.output_padding, geometry.transposed)
     channels = view.shape[1] * geometry.groups if geometry.transposed else view.shape[0]
@@ -42,7 +43,7 @@ def input_grad(choice: Choice, where: Any, grad: Tensor, xs: Any, config: Any) -
     x, grad = _as_images(xs[0], dims), _as_images(grad, dims)
     if _is_matrix_product(grad, view, geometry):
         rows = linear.multiply(weight, grad.permute(0, 2, 3, 1), choice.tile, True)
-        return _as_given(rows.permute(0, 3, 1, 2), xs[0], dims)
+        return _as_given(rows.permute(0, 3, 1, 2).contiguous(memory_format=suggest_memory_format(x)), xs[0], dims)
     dx = _empty(tuple(x.shape), x)
     _kernels(x, grad, geometry).convolve(dx, grad, weight, geometry, choice.tile, True)
     return _as_given(dx, xs[0], dims)
@@ -81,9 +82,11 @@ def _with_two_axes(config: Any) -> Geometry:
 
 
 def _as_images(x: Tensor, dims: int) -> Tensor:
-    """[N, C, H, W] from a batch or a single one of images or of lines."""
+    """[N, C, H, W] from a batch or a single one of images or of lines; places within an image fit 32 bits, as kernels count."""
     x = x if x.dim() == dims + 2 else x.unsqueeze(0)
-    return x if dims == 2 else x.unsqueeze(2)
+    x = x if dims == 2 else x.unsqueeze(2)
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return x if reach < NARROW else x.contiguous()
 
 
 def _as_given(y: Tensor, x: Tensor, dims: int) -> Tensor:
@@ -93,7 +96,5 @@ def _as_given(y: Tensor, x: Tensor, dims: int) -> Tensor:
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Uninitialised images, channels_last where `like` is and contiguous otherwise, as torch's convolutions return them."""
-    last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    """Uninitialised images in the layout that torch's convolutions, and their fake kernels, give what they make of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=suggest_memory_format(like))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxrpg.dispatch import Tile
-from fxrpg.kernels.fused.conv import Geometry, Strides, classes
+from fxrpg.kernels.fused.conv import Geometry, Strides, classes, located, written_at
 from fxrpg.kernels.fused.epilogue import Epilogue, finished
 from fxrpg.kernels.fused.generate import layer_scale
 from fxrpg.kernels.fused.launch import cdiv, launch, padded
@@ -45,8 +45,7 @@ def depthwise_kernel(
     form = BEGIN(args, SPEC)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    q, image = m % columns, m // columns
-    p, image = image % rows, (image // rows).to(tl.int64)
+    image, p, q = located(m, rows, columns)
     top, left = p * DOWN.mul + DOWN.base, q * ACROSS.mul + ACROSS.base
     channel = c[:, None] * (1 if LAST else x_strides.channel)
     from_x = x + (image * x_strides.batch + top * x_strides.row + left * x_strides.column)[None, :] + channel
@@ -71,8 +70,7 @@ def depthwise_kernel(
                 value = tl.load(from_x + place, mask=mask, other=0.0).to(tl.float32)
                 total += column_of(weight.to(tl.float32), i, WIDTH)[:, None] * value
     total = finished(total * layer_scale(scale, slot), c, c < channels, bias, factor, shift, EPILOGUE)
-    place = image * y_strides.batch + (p * DOWN.spread + DOWN.place) * y_strides.row
-    place = (place + (q * ACROSS.spread + ACROSS.place) * y_strides.column)[None, :] + c[:, None] * y_strides.channel
+    place = written_at(image, p, q, c, y_strides, ACROSS, DOWN)
     inside = (c < channels)[:, None] & (m < positions)[None, :]
     tl.store(y + place, cast(total, y.dtype.element_ty), mask=inside)
 
@@ -108,8 +106,7 @@ def depthwise_state_grad_kernel(
     total = tl.zeros((BLOCK_C, BLOCK_M, BLOCK_T), tl.float32)
     for m0 in range(first, tl.minimum(first + positions_each, positions), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
-        q, image = m % columns, m // columns
-        p, image = image % rows, (image // rows).to(tl.int64)
+        image, p, q = located(m, rows, columns)
         place = image * still_strides.batch + p * still_strides.row + q * still_strides.column
         a = tl.load(from_still + place[None, :], mask=(c < channels)[:, None] & (m < positions)[None, :], other=0.0)
         h, w = (p * DOWN.mul)[:, None] + up[None, :], (q * ACROSS.mul)[:, None] + over[None, :]

@@ -84,7 +84,7 @@ def forward(view: View, state: Tensor, scale: Tensor, index: Tensor, dtype: torc
     grid, blocks = _tiles(index.numel(), columns)
     launch(
         embedding_kernel, grid, out,
-        out, index.reshape(-1), scale, view.tensor, index.numel(), rows, columns,
+        out, index.reshape(-1).contiguous(), scale, view.tensor, index.numel(), rows, columns,
         BEGIN=form.begin, TILE=form.tile, args=form.args, SPEC=form.spec, **blocks,
     )  # fmt: skip
     return out
@@ -109,7 +109,7 @@ def state_grad(
     if form is None:
         return None
     rows, columns = view.shape
-    index, grad = index.reshape(-1), grad.reshape(-1, columns).contiguous()
+    index, grad = index.reshape(-1).contiguous(), grad.reshape(-1, columns).contiguous()
     out = torch.zeros(state.shape, dtype=torch.float32, device=grad.device)
     share = _shares(index, rows) if scale_grad_by_freq else out
     form = form.into(out)

@@ -40,18 +40,14 @@ def generate_kernel(
 ):  # fmt: skip
     """One tile of the weight, rounded to the type of `out`, scaled in float32 and rounded again."""
     form = BEGIN(args, SPEC)
-    across = tl.cdiv(columns, BLOCK_COLUMNS)
-    rows = tl.program_id(0) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col0 = tl.program_id(0) % across * BLOCK_COLUMNS
-    column = col0 + tl.arange(0, BLOCK_COLUMNS)
+    rows, col0, element, there = tile_at(columns, count, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
     value = TILE(rows, col0, BLOCK_COLUMNS, form, SPEC, out.dtype.element_ty)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     if SCALED:
         value = cast(value.to(tl.float32) * layer_scale(scale, slot), out.dtype.element_ty)
-    element = rows[:, None].to(tl.int64 if WIDE else tl.int32) * columns + column[None, :]
     where = element
     if not LOGICAL:
         where = place_of(element, fan_in, inner, stride_row, stride_kernel, stride_inner)
-    tl.store(out + where, value, mask=(column[None, :] < columns) & (element < count))
+    tl.store(out + where, value, mask=there)
 
 
 @triton.jit
@@ -62,17 +58,23 @@ def accumulate_kernel(
 ):  # fmt: skip
     """One tile of the unscaled weight's gradient, added into the state's."""
     form = BEGIN(args, SPEC)
-    across = tl.cdiv(columns, BLOCK_COLUMNS)
-    rows = tl.program_id(0) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col0 = tl.program_id(0) % across * BLOCK_COLUMNS
-    column = col0 + tl.arange(0, BLOCK_COLUMNS)
-    element = rows[:, None].to(tl.int64 if WIDE else tl.int32) * columns + column[None, :]
+    rows, col0, element, there = tile_at(columns, count, WIDE, BLOCK_ROWS, BLOCK_COLUMNS)
     where = element
     if not LOGICAL:
         where = place_of(element, fan_in, inner, stride_row, stride_kernel, stride_inner)
-    there = (column[None, :] < columns) & (element < count)
     value = tl.load(grad + where, mask=there, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     ACCUMULATE(value, there, rows, col0, BLOCK_COLUMNS, form, SPEC)
+
+
+@triton.jit
+def tile_at(columns, count, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """This program's tile: (rows, first column, elements in logical order, which of them there are)."""
+    across = tl.cdiv(columns, BLOCK_COLUMNS)
+    row = tl.program_id(0) // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col0 = tl.program_id(0) % across * BLOCK_COLUMNS
+    column = (col0 + tl.arange(0, BLOCK_COLUMNS))[None, :]
+    element = row[:, None].to(tl.int64 if WIDE else tl.int32) * columns + column  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    return row, col0, element, (column < columns) & (element < count)
 
 
 @triton.jit

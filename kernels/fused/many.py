@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxrpg.device import kept, settled
 from fxrpg.kernels.fused.generate import form_on, generate_into, is_logical, layer_scale, layout_of, place_of
 from fxrpg.kernels.fused.launch import cdiv, launch, padded
 from fxrpg.tiles.rounding import cast
@@ -138,7 +138,7 @@ def _generate_group(workspace: Tensor, group: list[Placed], scale: Tensor | None
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256)
 def _table(
     texts: tuple[str, ...],
     places: tuple[int, ...],
@@ -164,4 +164,4 @@ def _table(
         programs += cdiv(columns, BLOCK) * (view.count // columns)
     firsts += [1 << 62] * (padded(len(firsts), 1) - len(firsts))
     numbers = [*firsts, *itertools.chain.from_iterable(rows)]
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device), programs
+    return settled(torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)), programs
