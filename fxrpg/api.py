@@ -22,7 +22,6 @@ from fxrpg.rule import Dof, Rule, Scoping
 from fxrpg.scopes import lay_out
 
 
-@torch.inference_mode(False)  # tensors made in inference mode could never be trained
 def transform(
     model: nn.Module,
     *,
@@ -78,11 +77,7 @@ def transform(
         one.check([view for view in views.values() if view.generator == one])
     names = {choice.candidate.name: choice.candidate.names for choice in chosen}
     resolved = Plan(checked_seed(seed), scopes, views, scope_of, names, dense, tuple(map(str, rules)))
-    states, scale = _initial(resolved, {choice.candidate.name: choice for choice in chosen})
-    result = copy_without(model, [choice.candidate.parameter for choice in chosen])
-    assemble(result, resolved, states, scale, strict)
-    install_regions(result, examples)
-    return result
+    return _transformed(model, resolved, chosen, strict, examples)
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -94,6 +89,16 @@ def materialize(model: nn.Module) -> nn.Module:
     plan_of(model)
     result = copy_module(model)
     disassemble(result)
+    return result
+
+
+@torch.inference_mode(False)  # tensors made in inference mode could never be trained
+def _transformed(model: nn.Module, plan: Plan, chosen: Sequence[Choice], strict: bool, examples: Any) -> nn.Module:
+    """A copy of `model` that follows `plan`, with regions for what the examples show."""
+    states, scale = _initial(plan, {choice.candidate.name: choice for choice in chosen})
+    result = copy_without(model, [choice.candidate.parameter for choice in chosen])
+    assemble(result, plan, states, scale, strict)
+    install_regions(result, examples)
     return result
 
 
