@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Mapping
@@ -162,7 +163,10 @@ def tile_of(problem: Problem, card: Card) -> Tile:
         fits = problem.positions >= row["positions"] and problem.outputs >= row["outputs"]
         if (row["op"], row["direction"], row["bits"]) == (problem.op, problem.direction, bits) and fits:
             return _split(problem, Tile(**row["tile"]), card)
-    return _split(problem, _tile_by_size(problem, bits), card)
+    tile = _tile_by_size(problem, bits)
+    stage = (tile.n + tile.m) * tile.k * problem.dtype.itemsize  # both operands wait in shared memory
+    stages = max(1, min(tile.stages, card.shared // stage))
+    return _split(problem, dataclasses.replace(tile, stages=stages), card)
 
 
 def _tile_by_size(problem: Problem, bits: int) -> Tile:
@@ -200,7 +204,7 @@ def _split(problem: Problem, tile: Tile, card: Card) -> Tile:
     splits = 1
     while programs * splits < card.processors and steps >= 8 * splits:
         splits *= 2
-    return Tile(n=tile.n, m=tile.m, k=tile.k, warps=tile.warps, stages=tile.stages, splits=splits)
+    return dataclasses.replace(tile, splits=splits)
 
 
 @functools.cache
@@ -222,7 +226,8 @@ def card_of(device: torch.device) -> Card:
     for card in cards():
         if any(part in name for part in card.matches):
             return card
-    return Card(name=name, processors=numbers.multi_processor_count)
+    shared = getattr(numbers, "shared_memory_per_block_optin", Card.shared)
+    return Card(name=name, processors=numbers.multi_processor_count, shared=shared)
 
 
 _watched: contextvars.ContextVar[tuple[list[Choice], ...]] = contextvars.ContextVar("fxrpg_choices", default=())

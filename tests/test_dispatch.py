@@ -168,6 +168,13 @@ def test_the_first_row_that_fits_gives_the_tile():
     )
 
 
+def test_a_card_with_little_shared_memory_gets_a_shallow_pipeline():
+    roomy = tile_of(problem(), CARD)
+    tight = tile_of(problem(), dataclasses.replace(CARD, shared=2 * (roomy.n + roomy.m) * roomy.k * 2))
+    assert (roomy.stages, tight.stages) == (3, 2)
+    assert dataclasses.replace(tight, stages=3) == roomy
+
+
 def test_shipped_tables_are_read():
     assert {card.name for card in cards()} == {path.stem for path in CONFIGS.glob("*.json")}
     for card in cards():

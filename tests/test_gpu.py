@@ -119,3 +119,33 @@ def test_a_resnet_on_every_path_and_type(dtype, channels_last):
     tolerance = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
     for mode in ("staged", "fused", "auto"):
         torch.testing.assert_close(outs[mode], outs["materialized"], rtol=tolerance, atol=tolerance * size)
+
+
+def test_tf32_products_are_as_near_as_torchs(monkeypatch):
+    """Ten bits of each operand: within a few times the error of torch's own TF32 product, and not exact."""
+    weight = generated(GENERATORS["ring"][0], (128, 256), (0, 1), 96, torch.float32)
+    dense = generate_weight(weight.state.detach(), weight.scale, weight.view).cuda()
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).cuda()
+    state, scale = weight.state.detach().cuda(), weight.scale.cuda()
+    exact = x.double() @ dense.double().t()
+    errors = {}
+    for precision in ("tf32", "ieee"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+        with lowering_mode("fused"):
+            out = torch.ops.fxrpg.linear.default(x, None, state, scale, weight.view, False)
+        errors[precision] = ((out.double() - exact).norm() / exact.norm()).item()
+        errors["torch " + precision] = ((x @ dense.t()).double() - exact).norm().item() / exact.norm().item()
+    assert errors["ieee"] < 1e-6
+    assert errors["tf32"] < 4 * errors["torch tf32"]
+    assert errors["tf32"] > errors["ieee"]
+
+
+def test_a_model_in_auto_mode_launches_fused_kernels_forward_and_backward():
+    from fxrpg.kernels.fused.launch import LAUNCHES
+
+    model = small_model()
+    before = dict(LAUNCHES)
+    model(torch.randn(2, 3, 32, 32, device="cuda")).sum().backward()
+    ran = {name for name, count in LAUNCHES.items() if count > before.get(name, 0)}
+    assert {"conv_kernel", "conv_state_grad_kernel"} <= ran
+    assert fxrpg.explain(model).fraction("fused") > 0
