@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from fxrpg.view import View
 
 Where = tuple[Tensor, Tensor, str]
 """A generated weight as an op is given it: (state, scale, view)."""
-
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -106,8 +104,3 @@ def state_grad(dense: Any, grad: Tensor, xs: Sequence[Tensor], where: Where, con
         return None
     found = importlib.import_module(dense.fused).state_grad(choice, (view, state, scale), grad, xs, config)
     return as_stored(view.generator.masked_gradient(found, state), state)
-
-
-def step_of(*columns: int) -> int:
-    """The largest power of two up to 64 that divides all of the column numbers at which tiles may have to begin."""
-    return math.gcd(64, *columns)

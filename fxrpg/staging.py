@@ -123,9 +123,8 @@ def define_staged_op(dense: DenseOp) -> None:
     torch.library.register_fake(f"fxrpg::{name}", staged.forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"fxrpg::{back}", staged.backward_fake, lib=LIBRARY)
     LIBRARY.impl(name, autograd_kernel(staged.op, staged.save, staged.differentiate, staged.plain), "Autograd")
-    LIBRARY.impl(
-        name, staged.plain, "FuncTorchBatched"
-    )  # torch.func.vmap: plain torch ops, each with a rule of its own
+    # under torch.func.vmap: plain torch ops, each of which has a batching rule
+    LIBRARY.impl(name, staged.plain, "FuncTorchBatched")
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(name, staged.autocast, key)
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxrpg.device import interpreted
-
 LAUNCHES: collections.Counter[str] = collections.Counter()
 """How often each kernel was launched in this process, by name: the proof that a fused path really ran."""
 
@@ -70,11 +68,6 @@ def launch(
     LAUNCHES[kernel.__name__] += 1
     with torch.cuda.device(like.device.index if like.is_cuda else -1):
         kernel[grid](*args, **constants, **options)
-
-
-def upcast(dtype: torch.dtype) -> bool:
-    """Whether a product must be made in float32: the interpreter multiplies the bit patterns of bfloat16."""
-    return interpreted() and dtype == torch.bfloat16
 
 
 def padded(n: int, least: int = 16) -> int:
