@@ -209,9 +209,11 @@ class KhatriRao(Law):
         self, view: View, size: int, device: torch.device, outputs: slice
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first, u, w) for chunks of the basis: signs, float64 [chunk, outputs] and [chunk, inputs]."""
-        inputs = view.count // view.fan_in  # where the inputs' words begin, after those of all outputs
-        parts = ((outputs.start, outputs.stop), (inputs, inputs + view.fan_in))
-        rows = torch.cat([_rows(start, stop, view, device) for start, stop in parts])
+        whole = view.whole
+        above = view.first // view.fan_in  # of a part, which begins with a row
+        inputs = whole.count // whole.fan_in  # where the inputs' words begin, after those of all outputs
+        parts = ((above + outputs.start, above + outputs.stop), (inputs, inputs + view.fan_in))
+        rows = torch.cat([_rows(start, stop, whole, device) for start, stop in parts])
         step = 32 * max(1, CHUNK // (16 * len(rows)))
         for first in range(0, size, step):
             count = min(step, size - first)
@@ -229,8 +231,9 @@ def _row_chunks(count: int, view: View, device: torch.device) -> Iterator[Tensor
 
 
 def _rows(start: int, stop: int, view: View, device: torch.device) -> Tensor:
-    """The random words of the elements `start .. stop - 1`, int32."""
-    return words_at(torch.arange(start, stop, device=device), view.seed, ROW, view.tensor)
+    """The random words of the elements `start .. stop - 1`, int32; of a part, which begins at `first` of its whole."""
+    elements = torch.arange(view.first + start, view.first + stop, device=device)
+    return words_at(elements, view.seed, ROW, view.tensor)
 
 
 def _crossed(rows: Tensor, groups: int, view: View, start: int = 0) -> Iterator[tuple[int, Tensor]]:

@@ -54,7 +54,8 @@ def kept(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
         @functools.lru_cache(maxsize=most)
         def cached(*args: Any) -> T:
             if not torch.cuda.is_initialized():
-                return make(*args)
+                with torch.inference_mode(False):
+                    return make(*args)
             with ThreadPoolExecutor(1) as other:
                 return other.submit(make, *args).result()
 

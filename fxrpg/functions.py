@@ -24,9 +24,17 @@ def rearrangement(func: Any, args: Any, kwargs: dict[str, Any], device: torch.de
         target, dtype = _cast_target(func, args, kwargs)
         same_place = target is None or torch.device(target).type == device.type
         return (lambda w: w.to(dtype) if dtype else w) if same_place else None
+    if func is Tensor.__getitem__:
+        args = pytree.tree_map_only(Tensor, _as_number, args)
     if func not in _REARRANGEMENTS or any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs))):
         return None
     return lambda w: func(w, *args, **kwargs)
+
+
+def _as_number(index: Tensor) -> Any:
+    """An index of one integer selects, as torch has it; any other stays."""
+    number = index.dim() == 0 and index.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+    return int(index) if number and not (index.is_meta or torch._C._functorch.is_batchedtensor(index)) else index
 
 
 def _cast_target(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, torch.dtype | None]:

@@ -44,8 +44,8 @@ def _refusal(dense: Any, xs: Sequence[Tensor], state: Tensor, view: View) -> str
     """Why no kernel of any op covers the call; "" where one may."""
     if not dense.fused:
         return f"{dense.name} has no fused kernel"
-    if view.kept:
-        return "channels of the weight were pruned"
+    if view.whole is not view:
+        return "only a part of the weight is used" if view.parent else "channels of the weight were pruned"
     if state.dtype == torch.float64:
         return "float64 has no fused kernels"
     if any(x.device != state.device for x in xs):

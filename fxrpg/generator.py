@@ -201,6 +201,14 @@ class Generator(ABC):
             Tensor of the state's shape and `grad`'s dtype.
         """
 
+    def materialize_part(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
+        """`materialize` for a view that is a part of a weight: where a method does not know better, out of the whole."""
+        return view.narrowed(self.materialize(state, view.whole, dtype))
+
+    def accumulate_part(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        """`accumulate` for a view that is a part of a weight."""
+        return self.accumulate(view.widened(grad), state, view.whole)
+
     def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
         """The derivative of the unscaled weight along `direction` (of the state's shape): the adjoint of `accumulate`."""
         return self.materialize(direction, view, direction.dtype)

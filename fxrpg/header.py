@@ -116,6 +116,7 @@ def header_of(
             "kept": [list(kept) for kept in view.kept],
             "original": list(view.original),
         }
+        | ({"stack": view.stack} if view.stack else {})
         for name, view in plan.views.items()
     ]
     dense: dict[str, list[str]] = {}
@@ -196,6 +197,7 @@ def plan_from(fields: dict[str, Any], seed: int) -> Plan:
             size=scopes[row["scope"]].size,
             kept=tuple(map(tuple, row["kept"])),
             original=tuple(row["original"]),
+            stack=row.get("stack", 0),
         )
         for row in rows
     }

@@ -25,11 +25,13 @@ class Role:
         kind: "linear", "conv", "embedding", "bilinear", "rnn" or "raw"; or "bias" or "norm", which are no weights.
         order: the axes of PyTorch's shape in logical order (out, kernel..., in), the fastest-running last.
         std: standard deviation that the layer's default initialiser gives (used where the weight itself has none to show).
+        stack: leading axes in logical order that only count weights, as in a tensor that holds a mixture's experts.
     """
 
     kind: str
     order: tuple[int, ...]
     std: float
+    stack: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,3 +165,24 @@ def _norm(owner: nn.Module, attribute: str, shape: tuple[int, ...]) -> Role | No
     if attribute not in ("weight", "bias"):
         return None
     return Role("norm", tuple(range(len(shape))), 1.0 if attribute == "weight" else _uniform(prod(shape)))
+
+
+@finds_roles(nn.Module)
+def _lookalike(owner: Any, attribute: str, shape: tuple[int, ...]) -> Role | None:
+    """The weight of a layer that is none of torch's, but tells its sides as torch's layers do, or as a Conv1D of GPT-2."""
+    if attribute not in _names("weight"):
+        return None
+    own = vars(owner)
+
+    def sides(*names: str) -> tuple[Any, ...]:
+        return tuple(own.get(name) for name in names)
+
+    if shape in (sides("out_features", "in_features"), sides("out_channels", "in_channels")):
+        return linear_role(shape)
+    if shape == sides("nx", "nf"):
+        return linear_role(shape, transposed=True)
+    if shape == sides("num_embeddings", "embedding_dim"):
+        return embedding_role(shape)
+    outputs, inputs, kernel, groups = sides("out_channels", "in_channels", "kernel_size", "groups")
+    known = isinstance(kernel, tuple) and isinstance(inputs, int) and isinstance(groups, int) and groups > 0
+    return conv_role(shape) if known and shape == (outputs, inputs // groups, *kernel) else None

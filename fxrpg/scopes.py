@@ -50,6 +50,7 @@ def lay_out(
                 offset=offset,
                 total=total,
                 size=scopes[i].size,
+                stack=choice.role.stack,
             )
     return scopes, {choice.candidate.name: views[choice.candidate.name] for choice in chosen}, index
 

@@ -173,13 +173,15 @@ def _generator(path: Any, fields: dict[str, Any]) -> Generator:
 
 
 def _check_row(path: Any, row: Any) -> None:
-    if type(row) is not dict or _types(row) != _ROW:
+    if type(row) is not dict or _types(row) not in (_ROW, _ROW | {"stack": int}):
         raise damaged(path, f"each row of the table must have the fields {sorted(_ROW)}, typed", shown(row))
     name, shape, order, kept = row["name"], row["shape"], row["order"], row["kept"]
     for sides in (shape, row["original"] if kept else shape):
         whole = 0 < len(sides) <= MOST_DIMS and all(type(n) is int and 0 < n <= MOST_ELEMENTS for n in sides)
         if not whole or not all(type(n) is int for n in order) or sorted(order) != list(range(len(sides))):
             raise damaged(path, f"{shown(name)} must have a shape and an order of its axes", shown((sides, order)))
+    if not 0 < row.get("stack", 1) < max(2, len(shape) - 1):
+        raise damaged(path, f"{shown(name)} must be a stack of matrices", shown((shape, row["stack"])))
     pruned = len(kept) == len(shape) and all(
         left == side if some == [] else _indices(some, side) and len(some) == left
         for some, side, left in zip(kept, row["original"], shape, strict=True)

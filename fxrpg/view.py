@@ -21,6 +21,9 @@ METHODS: dict[str, type[Generator]] = {}
 """Every method by its name; a generator's file registers itself."""
 
 
+_RARE = ("generator", "stack", "parent", "first")
+
+
 @dataclass(frozen=True, kw_only=True)
 class View:
     """One weight as seen in the state. With the state and the layer's scale it is all that is needed to generate it.
@@ -36,6 +39,9 @@ class View:
         size: degrees of freedom of the state.
         kept: of a weight whose channels were pruned, the indices left on each axis, () for all; `shape` is what is left.
         original: its shape before that.
+        stack: leading logical axes that only count matrices, as in the experts of a mixture: [expert, out, in] has one.
+        parent: of a part of a weight, the whole; its elements `first`, `first + 1`, ... in logical order are the part.
+        first: see `parent`.
     """
 
     generator: Generator
@@ -48,6 +54,9 @@ class View:
     size: int
     kept: tuple[tuple[int, ...], ...] = ()
     original: tuple[int, ...] = ()
+    stack: int = 0
+    parent: View | None = None
+    first: int = 0
 
     @property
     def count(self) -> int:
@@ -57,12 +66,20 @@ class View:
     @property
     def fan_in(self) -> int:
         """Elements that feed one output."""
-        return self.count // self.shape[self.order[0]]
+        return self.count // math.prod(self.shape[axis] for axis in self.order[: self.stack + 1])
 
     @functools.cached_property
     def whole(self) -> View:
-        """The weight with all its channels, as the generator knows it."""
+        """The weight with all its elements and channels, as the generator knows it."""
+        if self.parent:
+            return self.parent.whole
         return dataclasses.replace(self, shape=self.original, kept=(), original=()) if self.kept else self
+
+    def part(self, first: int, shape: tuple[int, ...], order: tuple[int, ...]) -> View:
+        """The part of the weight that begins at its logical element `first`, as a weight of its own."""
+        return dataclasses.replace(
+            self, shape=shape, order=order, parent=self, first=first, kept=(), original=(), stack=0
+        )
 
     @functools.cached_property
     def text(self) -> str:
@@ -70,28 +87,41 @@ class View:
         return json.dumps(self.fields(), sort_keys=True, separators=(",", ":"))
 
     def fields(self) -> dict[str, Any]:
-        """Plain data, as written to files."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "generator"}
+        """Plain data, as the digest covers it: what few weights have is there only where they have it."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _RARE}
+        data |= {"stack": self.stack} if self.stack else {}
+        data |= {"parent": self.parent.fields(), "first": self.first} if self.parent else {}
         return data | {"method": self.generator.method, "settings": dataclasses.asdict(self.generator)}
 
     @staticmethod
     @functools.lru_cache(maxsize=1 << 16)
     def parse(text: str) -> View:
         """The view that `text` stands for."""
-        data = json.loads(text)
+        return View._from(json.loads(text))
+
+    @staticmethod
+    def _from(data: dict[str, Any]) -> View:
         generator = METHODS[data.pop("method")](**data.pop("settings"))
         data |= {name: tuple(data[name]) for name in ("shape", "order", "original")}
+        data |= {"parent": View._from(data["parent"])} if "parent" in data else {}
         return View(**data | {"generator": generator, "kept": tuple(map(tuple, data["kept"]))})
 
     def narrowed(self, weight: Tensor) -> Tensor:
-        """The kept channels of a weight that has them all."""
+        """The kept channels, or the part, of a weight that has all its elements (of shape `whole.shape`)."""
+        if self.parent:
+            whole = self.parent.narrowed(weight)
+            return self.from_logical(self.parent.to_logical(whole)[self.first : self.first + self.count])
         for axis, kept in enumerate(self.kept):
             if kept:
                 weight = weight.index_select(axis, on_device(kept, weight.device))
         return weight
 
     def widened(self, grad: Tensor) -> Tensor:
-        """The adjoint of `narrowed`: zeros for the channels that are gone."""
+        """The adjoint of `narrowed`: zeros for all that is not in it."""
+        if self.parent:
+            whole = grad.new_zeros(self.parent.count)
+            whole[self.first : self.first + self.count] = self.to_logical(grad)
+            return self.parent.widened(self.parent.from_logical(whole))
         for axis, kept in enumerate(self.kept):
             if kept:
                 sides = list(grad.shape)

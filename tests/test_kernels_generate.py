@@ -16,6 +16,7 @@ from kernel_cases import DEVICE, NARROW, TARGETS, compiled, same_bits
 from torch import Tensor
 from torch_settings import deterministic
 
+from fxrpg.addresses import filter_cells
 from fxrpg.generators.pemn import Pemn
 from fxrpg.generators.ring import BLOCKS, LAYOUTS, Ring
 from fxrpg.hashing import CELL, SIGN, words_at
@@ -130,7 +131,7 @@ def element_values(ring: Ring, view: View, state: Tensor, element: Tensor) -> Te
     """Some of the weight's values, by the definition of the ring."""
     block, size = element // ring.block, len(state)
     if ring.layout == "block_diagonal":
-        cell = ring._filter_cells(view, size, element)
+        cell = filter_cells(ring, view, size, element)
     elif ring.layout == "hash":
         word = words_at(block, view.seed, CELL, view.tensor).to(torch.int64) & 0xFFFFFFFF
         cell = (word * -(-size // ring.block) >> 32) * ring.block

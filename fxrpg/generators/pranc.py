@@ -96,6 +96,17 @@ class Pranc(Generator):
         found = _divided(from_parts(law.project(limbs, view, view.size), weights), law.deviation)
         return (found * (state != 0) if self.sparse else found).to(grad.dtype)
 
+    def materialize_part(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
+        return (self.materialize if self._drawn_alone(view) else super().materialize_part)(state, view, dtype)
+
+    def accumulate_part(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        return (self.accumulate if self._drawn_alone(view) else super().accumulate_part)(grad, state, view)
+
+    def _drawn_alone(self, view: View) -> bool:
+        """Whether a part's values can be drawn without the rest: of a basis of rank one, whole rows can."""
+        rows = view.fan_in == view.whole.fan_in and view.first % view.fan_in == 0
+        return rows or self.law != "khatri_rao"
+
     def tangent(self, direction: Tensor, state: Tensor, view: View) -> Tensor:
         return self.materialize(direction * (state != 0) if self.sparse else direction, view, direction.dtype)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,9 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxrpg import addresses
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator
-from fxrpg.hashing import CELL, INIT, PERMUTE, SIGN, Bijection, near_normal, random_words, words_at
+from fxrpg.hashing import INIT, Bijection, near_normal
 from fxrpg.packing import codes_of, pack_quantised, packed_size, read_quantised, rounded, spread, steps_of
 from fxrpg.straight_through import straight_through
 from fxrpg.view import Form, View
@@ -25,7 +25,6 @@ from fxrpg.view import Form, View
 BLOCKS = (1, 8, 16, 32, 64)
 LAYOUTS = ("arc", "shuffle", "block_diagonal", "hash")
 
-_ALL_TENSORS = 0xFFFFFFFF  # the "tensor id" of the one permutation that `shuffle` shares between weights
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -191,6 +190,21 @@ class Ring(Generator):
         """Cells of a ring of that size that share a step, 0 for all."""
         return self.bits_block if self.bits_block < size else 0
 
+    def materialize_part(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
+        if state.dtype == torch.uint8 or not self._addressed_alone(view):
+            return super().materialize_part(state, view, dtype)
+        return self._gathered(self._rounded(state.detach()).to(dtype), view)
+
+    def accumulate_part(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled() or not self._addressed_alone(view):
+            return super().accumulate_part(grad, state, view)
+        found = self.scatter_gradient(grad, state, view)
+        return found.mul_(state != 0) if self.sparse else found
+
+    def _addressed_alone(self, view: View) -> bool:
+        """Whether the blocks and the sign words of a part are no other part's too."""
+        return self.layout != "block_diagonal" and view.first % max(self.block, 32) == 0
+
     def _gathered(self, ring: Tensor, view: View) -> Tensor:
         """The weight that reads `ring`, with its signs."""
         starts = self.block_cells(view, ring.numel(), ring.device)
@@ -236,40 +250,11 @@ class Ring(Generator):
 
     def block_cells(self, view: View, size: int, device: torch.device) -> Tensor:
         """The ring cell in which each block of the weight starts, int64 [blocks]."""
-        blocks = torch.arange(-(-view.count // self.block), dtype=torch.int64, device=device)
-        first = view.offset // self.block
-        if self.layout == "hash":
-            words = words_at(blocks, view.seed, CELL, view.tensor).to(torch.int64) & 0xFFFFFFFF
-            return (words * -(-size // self.block) >> 32) * self.block % size
-        if self.layout == "block_diagonal":
-            return self._filter_cells(view, size, blocks)
-        permute = self.bijection(view) or (lambda place: place)
-        place = permute(blocks) + first if self.layout == "arc" else permute(blocks + first)
-        return place * self.block % size
-
-    def _filter_cells(self, view: View, size: int, elements: Tensor) -> Tensor:
-        """The cell of every element where each filter reads its own stretch of the ring in the weight's one order.
-
-        Filters that would start in the same cell, because the ring has come round, start one cell later: no two of the
-        first `size` filters of a weight read the same cells in the same order, however small the ring. Of one weight every
-        cell is used floor or ceil of its share of times; the cells skipped let sums over several weights differ by more.
-        """
-        length = view.fan_in
-        row, column = torch.div(elements, length, rounding_mode="floor"), elements % length
-        if bijection := self.bijection(view):
-            column = bijection(column)
-        starts = size // math.gcd(length, size)  # filters until one starts where the first did
-        return (view.offset + row * length + torch.div(row, starts, rounding_mode="floor") + column) % size
+        return addresses.block_cells(self, view, size, device)
 
     def bijection(self, view: View) -> Bijection | None:
         """The permutation that the layout and the settings make of blocks, or of the columns of every filter."""
-        if not self.permute or self.layout == "hash":
-            return None
-        if self.layout == "block_diagonal":
-            return Bijection.keyed(view.fan_in, view.seed, PERMUTE, view.tensor)
-        if self.layout == "arc":
-            return Bijection.keyed(-(-view.count // self.block), view.seed, PERMUTE, view.tensor)
-        return Bijection.keyed(view.total // self.block, view.seed, PERMUTE, _ALL_TENSORS)
+        return addresses.bijection(self, view)
 
     def _whole_rows(self, view: View, size: int) -> bool:
         """Whether every block is one aligned row of the ring: then rows are moved instead of elements."""
@@ -291,10 +276,10 @@ class Ring(Generator):
         if not self.reflect:
             return values
         count = view.fan_in if self.layout == "block_diagonal" else view.count
-        words = random_words(0, -(-count // 32), view.seed, SIGN, view.tensor, device=values.device)
+        words = addresses.sign_words(view, count, values.device)
         lanes = torch.arange(32, dtype=torch.int32, device=values.device)
         bits = (words[:, None] >> lanes & 1).view(-1)[:count]
-        bits = bits.repeat(view.count // count)
+        bits = bits.repeat(view.count // count) if count != view.count else bits
         word = _SIGNED[values.element_size()]
         flips = bits.to(word) << 8 * values.element_size() - 1
         return (values.contiguous().view(word) ^ flips).view(values.dtype)
