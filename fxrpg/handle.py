@@ -11,7 +11,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -21,15 +21,17 @@ from fxrpg.dispatch import choices
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import GRAD, IS_LEAF, METADATA, RECORD, REQUIRES_GRAD, Step, rearrangement, writes
 from fxrpg.lowering import (
-    LOWERINGS,
+    DECOMPOSITIONS,
     Generated,
     NotLowered,
     Rule,
     current_mode,
     generate_weight,
+    rule_for,
     transforming,
     weight_dtype,
 )
+from fxrpg.parts import part_of
 from fxrpg.trace import Trace
 from fxrpg.view import View
 
@@ -47,6 +49,24 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return disabled[0](*args, **kwargs)
 
     return run
+
+
+class _Geometry(NamedTuple):
+    """How a handle would lie in the memory of its weight."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    def stand_in(self, requires_grad: bool = False) -> Tensor:
+        """A tensor without memory that lies like that."""
+        options: Any = {"dtype": self.dtype, "device": "meta", "requires_grad": requires_grad}
+        if not self.offset:
+            return torch.empty_strided(self.size, self.stride, **options)
+        reach = self.offset + 1 + sum(n * step for n, step in zip(self.size, self.stride, strict=True))
+        with torch.set_grad_enabled(requires_grad):
+            return torch.empty(reach, **options).as_strided(self.size, self.stride, self.offset)
 
 
 class Handle(Tensor):
@@ -78,8 +98,9 @@ class Handle(Tensor):
         dtype = weight_dtype(state, generated.scale)
         like = torch.empty(generated.shape, dtype=dtype, device="meta") if like is None else like
         handle = Tensor._make_wrapper_subclass(
-            cls, like.size(), strides=like.stride(), dtype=like.dtype, device=state.device
-        )
+            cls, like.size(), strides=like.stride(), storage_offset=like.storage_offset(), dtype=like.dtype,
+            device=state.device,
+        )  # fmt: skip
         handle.generated, handle.weight_name, handle.weight_trace = generated, name, trace
         handle.chain, handle.aliasing = chain, aliasing
         # like a view of a parameter, a step taken without gradients leads none back
@@ -88,8 +109,7 @@ class Handle(Tensor):
 
     def rearranged(self, step: Step) -> Any:
         """The handle (or handles) after one more layout or type change. Runs it on the meta device to learn the shape."""
-        size, stride, dtype = self._geometry()
-        stand_in = torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=self.differentiable)
+        stand_in = self._geometry().stand_in(self.differentiable)
         result = step(stand_in)
         if isinstance(result, Tensor):
             return self._after(step, result, stand_in)
@@ -102,23 +122,26 @@ class Handle(Tensor):
             self.generated, self.weight_name, self.weight_trace, (*self.chain, step), result, aliasing
         ).attached()
 
-    def _geometry(self) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    def _geometry(self) -> _Geometry:
         with torch._C.DisableTorchFunctionSubclass():
-            return self.size(), self.stride(), self.dtype
+            return _Geometry(self.size(), self.stride(), int(self.storage_offset()), self.dtype)
 
-    def as_weight(self) -> Generated:
-        """The weight as a rule takes it: as it is, or transposed. Raises NotLowered after any other change."""
+    def as_weight(self, transposable: bool) -> Generated:
+        """The weight as a rule takes it: as it is, transposed, or a part. Raises NotLowered after any other change."""
         if not self.chain:
             return self.generated
-        state = self.generated.state
-        size, stride, dtype = self._geometry()
-        detached = state.requires_grad and not self.differentiable
-        whole = torch.empty(self.generated.shape, device="meta")
-        if self.aliasing and not detached and dtype == weight_dtype(state, self.generated.scale):
+        state, scale, text = self.generated[:3]
+        size, stride, offset, dtype = self._geometry()
+        detached = state.requires_grad and not self.differentiable and torch.is_grad_enabled()
+        if self.aliasing and not detached and dtype == weight_dtype(state, scale):
+            view = View.parse(text)
+            whole = torch.empty(view.shape, device="meta")
             if (size, stride) == (whole.size(), whole.stride()):
                 return self.generated
-            if whole.dim() == 2 and (size, stride) == (whole.t().size(), whole.t().stride()):
-                return Generated.of(*self.generated[:3], transposed=True)
+            if transposable and whole.dim() == 2 and (size, stride) == (whole.t().size(), whole.t().stride()):
+                return Generated.of(state, scale, text, transposed=True)
+            if part := part_of(view, tuple(size), tuple(stride), offset):
+                return Generated.of(state, scale, part.text)
         raise NotLowered("the weight was rearranged, cast or detached on the way")
 
     def attached(self) -> Handle:
@@ -138,8 +161,8 @@ class Handle(Tensor):
         return weight.detach() if self.generated.state.requires_grad and not self.differentiable else weight
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        size, _stride, dtype = self._geometry()
-        return f"Handle({self.weight_name!r}, shape={tuple(size)}, dtype={dtype})"
+        geometry = self._geometry()
+        return f"Handle({self.weight_name!r}, shape={tuple(geometry.size)}, dtype={geometry.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.produce().detach()
@@ -188,8 +211,7 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, state: Tensor, scale: Tensor, handle: Handle) -> Handle:
         ctx.save_for_backward(state, scale)
         ctx.view, ctx.chain = handle.generated.view, handle.chain
-        size, stride, dtype = handle._geometry()
-        like = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        like = handle._geometry().stand_in()
         attached = Handle(handle.generated, handle.weight_name, handle.weight_trace, ctx.chain, like, handle.aliasing)
         attached.differentiable = True
         return attached
@@ -227,6 +249,8 @@ def consume(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             "Unpack it before the call.",
         )
     try:
+        if func in DECOMPOSITIONS and current_mode() != "materialized":
+            return DECOMPOSITIONS[func](*args, **kwargs)
         with choices() as seen:
             out = _lowered(func, args, kwargs)
         path, reason = (seen[0].path, seen[0].reason) if seen else ("staged", "")
@@ -240,17 +264,15 @@ def consume(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """`func` through its rule. Raises NotLowered where no rule covers the call."""
-    rule = LOWERINGS.get(func)
+    rule = rule_for(func, args, kwargs, lambda x: isinstance(x, Handle))
     if rule is None:
         raise NotLowered("no lowering for this op")
     if current_mode() == "materialized":
         raise NotLowered("lowering_mode('materialized')")
-    weight = args[rule.position] if len(args) > rule.position else kwargs.get(rule.keyword)
+    weight = rule.weight_in(args, kwargs)
     if not isinstance(weight, Handle):
         raise NotLowered(f"the generated tensor is not the op's argument {rule.keyword!r}")
-    generated = weight.as_weight()
-    if generated.transposed and not rule.transposable:
-        raise NotLowered("the weight was transposed on the way")
+    generated = weight.as_weight(rule.transposable)
     args, kwargs = _with_bias(rule, args, rule.arguments(kwargs))
     if len(_handles((args, kwargs))) > 1:
         raise NotLowered("several generated tensors meet in this op")
@@ -296,8 +318,8 @@ def _without_aliases(out: Any, handles: dict[int, Handle], again: Callable[[Hand
         strided = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not strided or (handle := handles.get(_storage(tensor))) is None:
             return tensor
-        size, stride, dtype = tensor.size(), tensor.stride(), tensor.dtype
-        like = torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=tensor.requires_grad)
+        geometry = _Geometry(tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+        like = geometry.stand_in(tensor.requires_grad)
         step = again(handle)
         chain = (*handle.chain, lambda weight: pick(step(weight)))
         return Handle(
@@ -355,10 +377,23 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _handles(tree: Any) -> list[Handle]:
+    """The handles in a pytree. Tuples, of which there are many, without torch's general walk."""
+    if isinstance(tree, Handle):
+        return [tree]
+    if type(tree) is tuple:
+        return [handle for part in tree for handle in _handles(part)]
+    if not isinstance(tree, list | tuple | dict):
+        return []
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Handle)]
 
 
 def _replace_handles(tree: Any, produce: Callable[[Handle], Any]) -> Any:
+    if isinstance(tree, Handle):
+        return produce(tree)
+    if type(tree) is tuple:
+        return tuple(_replace_handles(part, produce) for part in tree)
+    if not isinstance(tree, list | tuple | dict) or not tree:
+        return tree
     return pytree.tree_map_only(Handle, produce, tree)
 
 

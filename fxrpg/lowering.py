@@ -11,7 +11,8 @@ import contextvars
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def transforming() -> bool:
 def kernels_wanted(device: torch.device) -> bool:
     """Whether Triton kernels generate on `device` in the mode in force: on a GPU; interpreted ones, only if asked for."""
     mode = current_mode()
-    return mode != "materialized" and runs_kernels(device) and (device.type == "cuda" or mode != "auto")
+    return mode != "materialized" and (device.type == "cuda" or mode != "auto") and runs_kernels(device)
 
 
 class Generated(NamedTuple):
@@ -98,28 +99,38 @@ class Rule:
     position: int
     keyword: str
     transposable: bool
-    role: Callable[..., Role] | None
+    role: Callable[..., Role | None] | None
     bias: str
+
+    def weight_in(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What a call has in the weight's place."""
+        return args[self.position] if len(args) > self.position else kwargs.get(self.keyword)
 
     @functools.cached_property
     def bias_position(self) -> int | None:
         """Where `call` takes a bias; None for an op without one."""
-        names = list(inspect.signature(self.call).parameters)
-        return names.index(self.bias) if self.bias in names else None
+        return self.names.index(self.bias) if self.bias in self.names else None
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the arguments of `call`."""
+        return tuple(inspect.signature(self.call).parameters)
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments as `call` names them. Raises NotLowered for one that it does not know (`out`, say)."""
         if not kwargs:
             return {}
-        known = inspect.signature(self.call).parameters
         renamed = {"weight" if key == self.keyword else key: value for key, value in kwargs.items()}
         for key in renamed:
-            if key not in known:
+            if key not in self.names:
                 raise NotLowered(f"called with {key!r}")
         return renamed
 
 
-LOWERINGS: dict[Any, Rule] = {}
+LOWERINGS: dict[Any, tuple[Rule, ...]] = {}
+"""torch function or ATen overload -> its rules, one for each place that a weight may have among its arguments."""
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+"""Function of several weights -> the same in functions of one weight each, called with the handles themselves."""
 LAYERS: dict[Any, Callable[..., Any]] = {}
 
 
@@ -128,7 +139,7 @@ def lowers(
     position: int = 1,
     keyword: str = "weight",
     transposable: bool = False,
-    role: Callable[..., Role] | None = None,
+    role: Callable[..., Role | None] | None = None,
     bias: str = "bias",
 ) -> Callable:
     """Register the decorated function as the lowering of `targets` (torch functions or ATen overloads).
@@ -143,10 +154,31 @@ def lowers(
 
     def register(call: Callable[..., Any]) -> Callable[..., Any]:
         for target in targets:
-            LOWERINGS[target] = Rule(call, position, keyword, transposable, role, bias)
+            rule = Rule(call, position, keyword, transposable, role, bias)
+            others = (other for other in LOWERINGS.get(target, ()) if other.position != position)
+            LOWERINGS[target] = (*others, rule)
         return call
 
     return register
+
+
+def decomposes(*targets: Any) -> Callable:
+    """Register the decorated function, of the same signature, as what `targets` do with generated weights.
+
+    It receives handles and hands each to a function that has a rule. It may raise NotLowered before it does anything.
+    """
+
+    def register(call: Callable[..., Any]) -> Callable[..., Any]:
+        DECOMPOSITIONS.update(dict.fromkeys(targets, call))
+        return call
+
+    return register
+
+
+def rule_for(target: Any, args: Any, kwargs: Mapping[str, Any], is_weight: Callable[[Any], bool]) -> Rule | None:
+    """The rule of `target` in whose place the call has a weight; its first one where that is nowhere; None without any."""
+    rules = LOWERINGS.get(target, ())
+    return next((rule for rule in rules if is_weight(rule.weight_in(args, kwargs))), rules[0] if rules else None)
 
 
 def compiles(*layers: type) -> Callable:
@@ -159,12 +191,12 @@ def compiles(*layers: type) -> Callable:
     return register
 
 
-def dims_of(x: Any) -> int | None:
-    """Number of dimensions of a rule's argument; None for a value in a graph whose shape nothing tells."""
-    if isinstance(x, Tensor):
-        return x.dim()
-    value = x.node.meta.get("val") if isinstance(x, torch.fx.Proxy) else None
-    return value.dim() if isinstance(value, Tensor) else None
+def shape_of(x: Any) -> tuple[int, ...] | None:
+    """The shape of a rule's argument; None for a value in a graph whose shape nothing tells."""
+    node = x.node if isinstance(x, torch.fx.Proxy) else x
+    if isinstance(node, torch.fx.Node):
+        x = node.meta.get("val", node.meta.get("example_value"))
+    return tuple(x.shape) if isinstance(x, Tensor) else None
 
 
 def encode_scales(values: Tensor) -> Tensor:
@@ -202,14 +234,25 @@ def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype 
     """
     view = View.parse(text)
     dtype = dtype or weight_dtype(state, scale)
-    if kernels_wanted(state.device) and not view.kept:
+    if kernels_wanted(state.device) and view.whole is view:
         found = importlib.import_module(view.generator.pair).generate(view, state.detach(), scale, dtype)
         if found is not None:
             return found
-    values = view.narrowed(view.generator.materialize(state, view.whole, dtype))
+    if view.parent:
+        values = view.generator.materialize_part(state, view, dtype)
+    else:
+        values = view.narrowed(view.generator.materialize(state, view.whole, dtype))
     if dtype.itemsize >= 4:
-        return values.mul_(scale_of(scale, view))
-    return values.float().mul_(scale_of(scale, view)).to(dtype)
+        return values.mul_(_factor(scale, view))
+    return values.float().mul_(_factor(scale, view)).to(dtype)
+
+
+def _factor(scale: Tensor, view: View) -> Any:
+    """The layer's scale as something to multiply by: on the CPU a number, which takes fewer small ops than a tensor."""
+    if scale.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
+        return scale_of(scale, view)
+    high, low, exponent = scale[view.tensor].tolist()
+    return math.ldexp(256 * round(high) + round(low), round(exponent))
 
 
 def plain_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -227,8 +270,11 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     view = View.parse(text)
     wide = torch.promote_types(grad.dtype, torch.promote_types(state.dtype, torch.float32))
     grad = grad.to_dense() if grad.layout != torch.strided else grad
-    scaled = view.widened(grad.to(wide) * scale_of(scale, view))
-    if kernels_wanted(state.device) and not view.kept and wide == torch.float32:
+    scaled = grad.to(wide) * scale_of(scale, view)
+    if view.parent:
+        return as_stored(view.generator.accumulate_part(scaled, state, view), state)
+    scaled = view.widened(scaled)
+    if kernels_wanted(state.device) and view.whole is view and wide == torch.float32:
         found = importlib.import_module(view.generator.pair).accumulate(scaled, state.detach(), view)
         if found is not None:
             return as_stored(found, state)

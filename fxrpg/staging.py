@@ -242,11 +242,13 @@ def autograd_kernel(
         plain: the op written in plain torch, for transforms that cannot enter an autograd.Function here.
     """
 
-    def forward(*args: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            out = op(*args)
+        save(ctx, args, out)  # here and not in a setup_context, for which torch inspects a signature at each call
+        return out
 
-    members = {"forward": forward, "setup_context": save, "backward": differentiate}
+    members = {"forward": forward, "backward": differentiate}
     name = f"{op.name().replace('::', '_')}_function"
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
 

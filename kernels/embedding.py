@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 
 from fxrpg.dispatch import Problem
 from fxrpg.errors import FxrpgError
-from fxrpg.lowering import Generated, compiles, lowers
+from fxrpg.lowering import Generated, NotLowered, compiles, lowers
+from fxrpg.parts import part_of
 from fxrpg.roles import embedding_role
 from fxrpg.staging import DenseOp, define_staged_op
 from fxrpg.view import View
 
 aten = torch.ops.aten
+_INDICES = (torch.int32, torch.int64)
 
 
 def embedding_ref(index: Tensor, weight: Tensor, bias: None, padding_idx: int, scale_grad_by_freq: bool) -> Tensor:
@@ -33,7 +36,7 @@ def embedding_problem(
     direction: str, xs: tuple[Tensor], view: View, dtype: torch.dtype, padding_idx: int, scale_grad_by_freq: bool
 ) -> Problem | str:
     """The op as `dispatch.choose` takes it."""
-    if xs[0].dtype not in (torch.int32, torch.int64):
+    if xs[0].dtype not in _INDICES:
         return f"indices are {xs[0].dtype}"
     if not xs[0].numel():
         return "an empty batch"
@@ -82,6 +85,30 @@ def aten_embedding(
     weight: Generated, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Any:
     return torch.ops.fxrpg.embedding.default(indices, None, *weight[:3], padding_idx, scale_grad_by_freq)
+
+
+@lowers(Tensor.__getitem__, position=0)
+def rows(weight: Generated, index: Any) -> Any:
+    """W[index] for an index tensor: rows of a table, or of a stack of them."""
+    if not isinstance(index, Tensor) or index.dtype not in _INDICES or not index.dim():
+        raise NotLowered("indexing is lowered for one tensor of integers")
+    table = weight
+    if len(weight.shape) != 2:  # rows are all that belongs to one index
+        num, dim = weight.shape[0], prod(weight.shape[1:])
+        part = part_of(View.parse(weight.view), (num, dim), (dim, 1), 0)
+        if part is None:
+            raise NotLowered("indexing is lowered where what belongs to one index lies together")
+        table = Generated.of(weight.state, weight.scale, part.text)
+    index = torch.where(index < 0, index + weight.shape[0], index)
+    found = torch.ops.fxrpg.embedding.default(index, None, *table[:3], -1, False)
+    return found if table is weight else found.unflatten(-1, weight.shape[1:])
+
+
+@lowers(torch.index_select, Tensor.index_select, position=0, keyword="input")
+def index_select(weight: Generated, dim: int, index: Any) -> Any:
+    if dim % len(weight.shape) or index.dim() != 1:
+        raise NotLowered("index_select is lowered for rows")
+    return rows(weight, index)
 
 
 @compiles(nn.Embedding)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fxrpg.dispatch import Problem
 from fxrpg.epilogue import define_epilogue_op
-from fxrpg.lowering import Generated, NotLowered, compiles, dims_of, lowers
+from fxrpg.kernels.contraction import product, product_role
+from fxrpg.lowering import Generated, NotLowered, compiles, lowers, shape_of
 from fxrpg.roles import Role, linear_role
 from fxrpg.staging import DenseOp, define_staged_op
 from fxrpg.view import View
@@ -82,9 +83,9 @@ define_staged_op(
 define_epilogue_op("linear", channel_axis=lambda *config: -1, layers=(nn.Linear,))
 
 
-def product_role(shape: tuple[int, ...], transposed: bool, *_: Any) -> Role:
+def matmul_role(shape: tuple[int, ...], transposed: bool, *operands: Any) -> Role | None:
     """In x @ W the matrix W is [in, out]."""
-    return linear_role(shape, not transposed)
+    return linear_role(shape, not transposed) if len(shape) == 2 else product_role(1)(shape, transposed, *operands)
 
 
 @lowers(F.linear, aten.linear.default, transposable=True, role=linear_role)
@@ -96,25 +97,25 @@ def linear(input: Any, weight: Generated, bias: Any = None) -> Any:
 
 @lowers(
     torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul, aten.matmul.default,
-    keyword="other", transposable=True, role=product_role,
+    keyword="other", transposable=True, role=matmul_role,
 )  # fmt: skip
-@lowers(torch.mm, Tensor.mm, aten.mm.default, keyword="mat2", transposable=True, role=product_role)
+@lowers(torch.mm, Tensor.mm, aten.mm.default, keyword="mat2", transposable=True, role=matmul_role)
 def matmul(input: Any, weight: Generated) -> Any:
-    """x @ W for a matrix W: a linear layer whose weight is seen as [in, out]."""
+    """x @ W: for a matrix W a linear layer whose weight is seen as [in, out]."""
     if len(weight.shape) != 2:
-        raise NotLowered(f"matmul is lowered for a weight of 2 dimensions, found {len(weight.shape)}")
+        return product(input, weight, 1)
     return torch.ops.fxrpg.linear.default(input, None, *weight[:3], not weight.transposed)
 
 
 @lowers(
     torch.addmm, aten.addmm.default,
-    position=2, keyword="mat2", transposable=True, role=product_role, bias="input",
+    position=2, keyword="mat2", transposable=True, role=matmul_role, bias="input",
 )  # fmt: skip
 def addmm(input: Any, mat1: Any, weight: Generated, *, beta: float = 1, alpha: float = 1) -> Any:
     """bias + x @ W, as torch.export and GPT-2's Conv1D write a linear layer."""
     if beta != 1 or alpha != 1:
         raise NotLowered(f"addmm is lowered for beta = alpha = 1, found beta = {beta}, alpha = {alpha}")
-    if dims_of(input) != 1:
+    if len(shape_of(input) or ()) != 1:
         raise NotLowered("addmm is lowered for a bias that is known to have 1 dimension")
     return torch.ops.fxrpg.linear.default(mat1, input, *weight[:3], not weight.transposed)
 

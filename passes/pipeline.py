@@ -12,7 +12,7 @@ from fxrpg.folding import epilogue_of_norm
 from fxrpg.handle import handle_of
 from fxrpg.lowering import Rule
 from fxrpg.passes.epilogue import fuse_epilogues
-from fxrpg.passes.lower import GENERATE, OP, REASONS, lower, rule_for, transposes_matrix
+from fxrpg.passes.lower import GENERATE, OP, REASONS, lower, rule_of, transposes_matrix
 from fxrpg.passes.normalise import normalise
 from fxrpg.passes.parametrize import parametrize
 from fxrpg.passes.strip import strip
@@ -35,9 +35,11 @@ def graph_roles(gm: fx.GraphModule) -> dict[str, Role]:
         turned = [user for user in read.users if parameter.dim() == 2 and transposes_matrix(user)]
         for weight, transposed in [(read, False), *((node, True) for node in turned)]:
             for call in weight.users:
-                rule = rule_for(call)
+                rule = rule_of(call, weight)
                 if rule and rule.role and call.args[rule.position : rule.position + 1] == (weight,):
                     role = rule.role(tuple(parameter.shape), transposed, *call.args)
+                    if role is None:
+                        continue
                     roles.setdefault(read.target, role)
                     if bias := _bias_read(call, rule):
                         roles.setdefault(bias, bias_role(role.std))
@@ -64,14 +66,14 @@ def rewrite(gm: fx.GraphModule, plan: Plan, trace: Trace) -> None:
         if node.target is GENERATE:
             for user in node.users:
                 trace.note(names[node.args[2]], "staged", user.meta[OP], way="graph")
-        elif view := _view_of(node):
+        elif view := view_of(node):
             trace.note(names[view], "staged", node.meta[OP], way="graph")
         elif node.target is handle_of:
             for op, reason in node.meta[REASONS].items():
                 trace.note(node.args[3], "materialized", op, reason, way="graph")
 
 
-def _view_of(node: fx.Node) -> str | None:
+def view_of(node: fx.Node) -> str | None:
     """The view that a lowered node generates its weight from."""
     target, args = node.target, node.args
     if target is epilogue_of_norm:

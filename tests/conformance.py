@@ -72,6 +72,15 @@ class LayerCase:
             return self.function(*inputs, weight, bias, **self.kwargs)
         if self.call == "product":
             return self.function(*inputs, weight)
+        if self.call == "product_left":
+            return self.function(weight, *inputs)
+        if self.call == "einsum":
+            return self.function(self.kwargs["equation"], inputs[0], weight)
+        if self.call == "grouped":
+            if isinstance(weight, Tensor) and weight.dtype == torch.float64:  # which torch's own does not take
+                ends = [0, *inputs[1].tolist()]
+                return torch.cat([inputs[0][a:b] @ w for a, b, w in zip(ends, ends[1:], weight, strict=False)])
+            return self.function(inputs[0], weight, offs=inputs[1])
         if self.call == "bias_first":
             return self.function(bias, *inputs, weight)
         if self.op == "embedding":
@@ -80,7 +89,8 @@ class LayerCase:
 
     def lowered(self, inputs: list[Tensor], weight: Generated, bias: Tensor | None) -> Tensor:
         """The same call through the registry."""
-        rule = LOWERINGS[self.function]
+        place = {"product_left": (0,), "einsum": (2,)}.get(self.call, (1, 2))
+        (rule,) = (rule for rule in LOWERINGS[self.function] if rule.position in place)
         return LayerCase.run(
             LayerCase(self.op, rule.call, self.inputs, self.weight, self.order, self.bias, self.kwargs, self.call),
             inputs,
@@ -92,6 +102,9 @@ class LayerCase:
         generator = torch.Generator().manual_seed(seed)
         if self.op == "embedding":
             return [torch.randint(self.weight[0], shape, generator=generator) for shape in self.inputs]
+        if self.op == "grouped":
+            rows = torch.randn(self.inputs[0], generator=generator, dtype=torch.float64).to(dtype)
+            return [rows, torch.tensor([3, 3, len(rows)], dtype=torch.int32)]
         return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in self.inputs]
 
     def make_bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -136,6 +149,22 @@ LAYERS: list[LayerCase] = [
     ),
     LayerCase("bilinear", F.bilinear, ((3, 4), (3, 5)), (2, 4, 5), (0, 1, 2), (2,), call="weight_last"),
     LayerCase("bilinear", F.bilinear, ((2, 3, 4), (2, 3, 5)), (2, 4, 5), (0, 1, 2), call="weight_last"),
+    LayerCase("contraction", torch.bmm, ((3, 2, 5),), (3, 5, 4), (0, 2, 1), call="product"),
+    LayerCase("contraction", torch.baddbmm, ((3, 2, 5),), (3, 5, 4), (0, 2, 1), (3, 2, 4), call="bias_first"),
+    LayerCase("contraction", torch.matmul, ((2, 3, 7, 5),), (3, 5, 4), (0, 2, 1), call="product"),
+    LayerCase("contraction", torch.matmul, ((2, 5, 7),), (4, 5), (0, 1), call="product_left"),
+    LayerCase("contraction", torch.bmm, ((3, 5, 2),), (3, 4, 5), (0, 1, 2), call="product_left"),
+    LayerCase(
+        "contraction",
+        torch.einsum,
+        ((2, 7, 3, 5),),
+        (3, 4, 5),
+        (0, 1, 2),
+        None,
+        {"equation": "... h i, h o i -> ... h o"},
+        "einsum",
+    ),
+    LayerCase("grouped", torch._grouped_mm, ((8, 8), (3,)), (3, 8, 16), (0, 2, 1), call="grouped"),
 ]
 """At least one call of every staged op, and one for each of its options."""
 
