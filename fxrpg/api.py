@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_module, copy_without, disassemble, plan_of
 from fxrpg.errors import FxrpgError
+from fxrpg.examples import example_roles
 from fxrpg.generator import Generator, generator_from
 from fxrpg.packing import rounded
 from fxrpg.passes.pipeline import graph_roles
@@ -57,8 +58,9 @@ def transform(
         seed: 0 <= seed < 2^64. The same seed gives the same bits on every machine.
         plan: rules that decide before the method's default does; the first that matches a parameter counts.
         strict: raise when an op consumes a generated weight without a lowering, instead of materializing it.
-        example_inputs, example_kwargs: arguments that the model can be called with. Batch norms and activations are then
-            drawn into the ops before them where that is proved to change nothing (`fxrpg.region_search.install_regions`).
+        example_inputs, example_kwargs: arguments that the model can be called with. Then raw parameters that functions
+            take as their weights count as weights too (`fxrpg.examples.example_roles`), and batch norms and activations
+            are drawn into the ops before them where that is proved to change nothing (`region_search.install_regions`).
 
     Raises:
         FxrpgError: an argument out of range, a rule that matches nothing, no weight to generate, a module that cannot be
@@ -70,7 +72,8 @@ def transform(
     _check_modules(model)
     examples = check_examples(example_inputs, example_kwargs)
     generator, rules = generator_from(method), _checked_rules(plan)
-    found = candidates(model, graph_roles(model) if isinstance(model, fx.GraphModule) else {})
+    roles = graph_roles(model) if isinstance(model, fx.GraphModule) else example_roles(model, examples)
+    found = candidates(model, roles)
     chosen, dense = choose(found, generator, rules)
     scopes, views, scope_of = lay_out(chosen, model, dof=dof, scope=scope, seed=checked_seed(seed))
     for one in {scope.generator for scope in scopes}:

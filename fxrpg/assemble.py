@@ -35,6 +35,7 @@ from fxrpg.passes.restore import put_parameter, restore
 from fxrpg.plan import Plan
 from fxrpg.regions import uninstall
 from fxrpg.staging import register_flops
+from fxrpg.ties import tie_again, untie
 from fxrpg.trace import Trace
 from fxrpg.view import View
 
@@ -165,6 +166,7 @@ def assemble(
         adopt(root)
         rewrite(root, plan, root.__dict__[TRACE])
     else:
+        untie(root, [alias for aliases in plan.names.values() for alias in aliases])
         own(root, plan, owners_of(root, plan), root.__dict__[TRACE])
 
 
@@ -218,6 +220,7 @@ def disassemble(root: nn.Module) -> None:
         taken.setdefault(id(owner), (owner, {}))[1][attribute] = weights[name]
     for owner, parameters in taken.values():
         disown(owner, parameters)
+    tie_again(root)
     for module in root.modules():
         uninstall(module)
     if isinstance(root, fx.GraphModule):

@@ -239,8 +239,10 @@ def _decide(candidate: Candidate, rule: Rule | None, ends: set[int], generator: 
         role = None
     if role is None and rule is not None and rule.pattern in candidate.names and parameter.dim() >= 2:
         role = raw_role(tuple(parameter.shape))
+    if role is None and parameter.dim() < 2:
+        return "not a weight (norm or bias)"
     if role is None:
-        return "not a weight (norm, bias or raw parameter)"
+        return "a raw parameter that nothing is known to take as its weight (example_inputs show it)"
     if isinstance(role, Refusal):
         return role.reason
     if not parameter.requires_grad:
