@@ -11,7 +11,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fxrpg.dispatch import choices
 from fxrpg.errors import FxrpgError
-from fxrpg.functions import GRAD, IS_LEAF, METADATA, RECORD, REQUIRES_GRAD, Step, rearrangement, writes
+from fxrpg.functions import GRAD, IS_LEAF, RECORD, REQUIRES_GRAD, Step, rearrangement, writes
+from fxrpg.geometry import ADDRESSES, ASKED, ASKS_FOR_GRAD, CONSTANTS, Geometry, shapes_only
 from fxrpg.lowering import (
     DECOMPOSITIONS,
     Generated,
@@ -32,6 +33,7 @@ from fxrpg.lowering import (
     weight_dtype,
 )
 from fxrpg.parts import part_of
+from fxrpg.surroundings import compiled_elsewhere, keep_mode
 from fxrpg.trace import Trace
 from fxrpg.view import View
 
@@ -51,24 +53,6 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class _Geometry(NamedTuple):
-    """How a handle would lie in the memory of its weight."""
-
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-    def stand_in(self, requires_grad: bool = False) -> Tensor:
-        """A tensor without memory that lies like that."""
-        options: Any = {"dtype": self.dtype, "device": "meta", "requires_grad": requires_grad}
-        if not self.offset:
-            return torch.empty_strided(self.size, self.stride, **options)
-        reach = self.offset + 1 + sum(n * step for n, step in zip(self.size, self.stride, strict=True))
-        with torch.set_grad_enabled(requires_grad):
-            return torch.empty(reach, **options).as_strided(self.size, self.stride, self.offset)
-
-
 class Handle(Tensor):
     """A generated weight that has not been generated: its metadata, and how to produce it.
 
@@ -82,6 +66,8 @@ class Handle(Tensor):
     chain: tuple[Step, ...]
     aliasing: bool
     differentiable: bool
+    leaf: bool = False
+    """Whether it is detached from the state and gathers a gradient of its own, as a full weight."""
 
     @staticmethod
     @not_compiled
@@ -109,7 +95,7 @@ class Handle(Tensor):
 
     def rearranged(self, step: Step) -> Any:
         """The handle (or handles) after one more layout or type change. Runs it on the meta device to learn the shape."""
-        stand_in = self._geometry().stand_in(self.differentiable)
+        stand_in = Geometry.of(self).stand_in(self.differentiable)
         result = step(stand_in)
         if isinstance(result, Tensor):
             return self._after(step, result, stand_in)
@@ -122,16 +108,12 @@ class Handle(Tensor):
             self.generated, self.weight_name, self.weight_trace, (*self.chain, step), result, aliasing
         ).attached()
 
-    def _geometry(self) -> _Geometry:
-        with torch._C.DisableTorchFunctionSubclass():
-            return _Geometry(self.size(), self.stride(), int(self.storage_offset()), self.dtype)
-
     def as_weight(self, transposable: bool) -> Generated:
         """The weight as a rule takes it: as it is, transposed, or a part. Raises NotLowered after any other change."""
         if not self.chain:
             return self.generated
         state, scale, text = self.generated[:3]
-        size, stride, offset, dtype = self._geometry()
+        size, stride, offset, dtype = Geometry.of(self)
         detached = state.requires_grad and not self.differentiable and torch.is_grad_enabled()
         if self.aliasing and not detached and dtype == weight_dtype(state, scale):
             view = View.parse(text)
@@ -161,8 +143,15 @@ class Handle(Tensor):
         return weight.detach() if self.generated.state.requires_grad and not self.differentiable else weight
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        geometry = self._geometry()
+        geometry = Geometry.of(self)
         return f"Handle({self.weight_name!r}, shape={tuple(geometry.size)}, dtype={geometry.dtype})"
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        raise AttributeError("a generated weight lies nowhere in memory")
+
+    def __format__(self, spec: str) -> str:
+        return super().__format__(spec) if self.dim() == 0 else object.__format__(self, spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.produce().detach()
@@ -171,15 +160,25 @@ class Handle(Tensor):
     @not_compiled
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        detached = func in ASKS_FOR_GRAD and args[0].chain and not args[0].differentiable
+        if detached:
+            args[0].leaf = bool((*args[1:], *kwargs.values(), True)[0])
+        if detached or any(isinstance(x, Handle) and x.leaf for x in args):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if func in REQUIRES_GRAD:
             return args[0].differentiable
         if func in GRAD:
             return None
         if func in RECORD and not args[0].chain:
             return func in IS_LEAF or None  # a weight as it is looks like the parameter it stands for
-        if func in METADATA:
+        if func in ASKED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in CONSTANTS:
+            return CONSTANTS[func]
+        if func in ADDRESSES:
+            raise _no_address(args[0])
         _refuse_write(func, args, kwargs)
         if func is Tensor.__iter__:
             return iter(args[0].unbind(0))
@@ -190,7 +189,8 @@ class Handle(Tensor):
         ):
             with contextlib.suppress(NotImplementedError):  # what the meta device cannot do
                 return first.rearranged(step)
-        return consume(func, args, kwargs)
+        out = shapes_only(func, args, kwargs, _device_of)
+        return consume(func, args, kwargs) if out is NotImplemented else out
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -211,7 +211,7 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, state: Tensor, scale: Tensor, handle: Handle) -> Handle:
         ctx.save_for_backward(state, scale)
         ctx.view, ctx.chain = handle.generated.view, handle.chain
-        like = handle._geometry().stand_in()
+        like = Geometry.of(handle).stand_in()
         attached = Handle(handle.generated, handle.weight_name, handle.weight_trace, ctx.chain, like, handle.aliasing)
         attached.differentiable = True
         return attached
@@ -232,7 +232,7 @@ def handle_of(state: Any, scale: Any, view: str, name: str) -> Any:
     """A handle on a view, for the nodes of a graph that no lowering covers. In compiled code, the generated tensor."""
     if isinstance(state, torch.fx.Proxy):  # a graph module is traced anew when it is unpickled
         return state.tracer.create_proxy("call_function", handle_of, (state, scale, view, name), {})
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not compiled_elsewhere():
         return torch.ops.fxrpg.generate.default(state, scale, view)
     return Handle(Generated.of(state, scale, view), name, Trace()).attached()
 
@@ -248,6 +248,10 @@ def consume(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             "another container",
             "Unpack it before the call.",
         )
+    if any(handle.leaf for handle in handles):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    keep_mode()
     try:
         if func in DECOMPOSITIONS and current_mode() != "materialized":
             return DECOMPOSITIONS[func](*args, **kwargs)
@@ -318,7 +322,7 @@ def _without_aliases(out: Any, handles: dict[int, Handle], again: Callable[[Hand
         strided = isinstance(tensor, Tensor) and tensor.layout == torch.strided
         if not strided or (handle := handles.get(_storage(tensor))) is None:
             return tensor
-        geometry = _Geometry(tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+        geometry = Geometry.of(tensor)
         like = geometry.stand_in(tensor.requires_grad)
         step = again(handle)
         chain = (*handle.chain, lambda weight: pick(step(weight)))
@@ -395,6 +399,19 @@ def _replace_handles(tree: Any, produce: Callable[[Handle], Any]) -> Any:
     if not isinstance(tree, list | tuple | dict) or not tree:
         return tree
     return pytree.tree_map_only(Handle, produce, tree)
+
+
+def _device_of(x: Any) -> torch.device | None:
+    return x.generated.state.device if isinstance(x, Handle) else None
+
+
+def _no_address(handle: Handle) -> FxrpgError:
+    return FxrpgError(
+        handle.weight_name,
+        "a generated weight lies nowhere in memory: it is generated for each op that consumes it",
+        "a request for its address",
+        "Keep a tensor, weight.clone(), for as long as the address is used. Compare parameters by name, or states.",
+    )
 
 
 def _refuse_write(func: Any, args: Any, kwargs: dict[str, Any]) -> None:

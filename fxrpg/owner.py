@@ -6,19 +6,19 @@ The user's forward, hooks, control flow and names stay as they are, and `isinsta
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
-from torch.fx import _symbolic_trace
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fxrpg.errors import FxrpgError
 from fxrpg.handle import Handle
 from fxrpg.lowering import LAYERS, Generated
 from fxrpg.plan import Plan
+from fxrpg.surroundings import compiled_elsewhere, traced_symbolically
 from fxrpg.trace import Trace
 
 SCALE = "fxrpg_scale"
@@ -30,6 +30,14 @@ LINK = "_fxrpg_link"
 
 class Link:
     """An owner's unregistered reference to the root, which deepcopy and pickle follow, and the weights it reads there."""
+
+    alive: ClassVar[weakref.WeakSet[Link]] = weakref.WeakSet()
+    """All of them: who meets a state in a compiled graph finds its model here."""
+
+    def __new__(cls, *_: Any) -> Link:
+        link = super().__new__(cls)
+        cls.alive.add(link)
+        return link
 
     def __init__(self, root: nn.Module, order: list[str]) -> None:
         self.root = root
@@ -145,10 +153,10 @@ def tensor_at(root: nn.Module, name: str) -> Any:
 def read(owner: nn.Module, attribute: str) -> Tensor:
     """What the property returns: a handle, or in code that is being compiled the generated tensor (recomputed, not saved)."""
     generated = generated_of(owner, attribute)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not compiled_elsewhere():
         return torch.ops.fxrpg.generate.default(generated.state, generated.scale, generated.view)
     link: Any = owner._fxrpg_link
-    if _symbolic_trace._is_fx_tracing_flag and get_proxy_mode() is None:
+    if traced_symbolically():
         raise FxrpgError(
             link.weights[attribute][0],
             "a generated weight must be read when the model runs",
@@ -201,7 +209,7 @@ def _compilable_forward(base: Any, layer: Any) -> Any:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not compiled_elsewhere():
             return layer(self, generated_of(self, "weight"), *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 

@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STOREYS = {
     "errors": 0, "functions": 0, "hashing": 0, "device": 0, "packing": 0, "fixed_point": 0, "least_squares": 0,
-    "straight_through": 0, "version": 0,
+    "straight_through": 0, "version": 0, "geometry": 0,
     "view": 1, "generator": 1, "roles": 1, "trace": 1, "basis": 1, "rule": 1, "addresses": 1,
     "plan": 2, "scopes": 2, "lowering": 2, "staging": 2, "parts": 2, "dispatch": 2, "fusing": 2, "tiles": 2,
     "epilogue": 2, "folding": 2,
-    "handle": 3, "several": 3, "owner": 3, "regions": 3, "generators": 3,
+    "surroundings": 3, "handle": 3, "several": 3, "owner": 3, "regions": 3, "generators": 3,
     "kernels": 4,
     "passes": 5,
     "assemble": 6, "ties": 6, "proof": 6, "region_search": 6, "examples": 6, "api": 6, "header": 6, "validation": 6,
