@@ -12,6 +12,7 @@ from fxrpg.api import materialize, transform  # noqa: E402
 from fxrpg.channels import prune_channels  # noqa: E402
 from fxrpg.checkpoint import load, save  # noqa: E402
 from fxrpg.compact import freeze, prune, quantize, truncate  # noqa: E402
+from fxrpg.discovery import announce as _announce  # noqa: E402
 from fxrpg.errors import FxrpgError  # noqa: E402
 from fxrpg.explain import explain  # noqa: E402
 from fxrpg.fit import fit  # noqa: E402
@@ -20,10 +21,13 @@ from fxrpg.generators.pranc import Pranc  # noqa: E402
 from fxrpg.generators.ring import Ring  # noqa: E402
 from fxrpg.ledger import ledger  # noqa: E402
 from fxrpg.lowering import lowering_mode  # noqa: E402
+from fxrpg.pretrained import from_pretrained, save_pretrained  # noqa: E402
 from fxrpg.recurrence import unroll  # noqa: E402
 from fxrpg.rule import Rule  # noqa: E402
 from fxrpg.training import PrancTrainer  # noqa: E402
 from fxrpg.version import __version__  # noqa: E402
+
+_announce()
 
 __all__ = [
     "FxrpgError",
@@ -36,6 +40,7 @@ __all__ = [
     "explain",
     "fit",
     "freeze",
+    "from_pretrained",
     "ledger",
     "load",
     "lowering_mode",
@@ -44,6 +49,7 @@ __all__ = [
     "prune_channels",
     "quantize",
     "save",
+    "save_pretrained",
     "transform",
     "truncate",
     "unroll",

@@ -26,8 +26,8 @@ class Row:
         status: "generated" or "dense".
         method: of a generated one.
         state: name of the tensor that it is generated from.
-        way: "handle" (the module reads a property), "graph" (the graph was rewritten) or "region" (a proved graph answers
-            calls like the example inputs); "" if dense or unknown.
+        way: "handle" (the module reads a property), "graph" (the graph was rewritten), "region" (a proved graph answers
+            calls like the example inputs) or "compiled" (by the backend "fxrpg"); "" if dense or unknown.
         path: "fused", "staged", "materialized" (by at least one op), "unknown" (nothing has consumed it yet), or "" if dense.
         op: the ops that consume it, if known.
         reason: why it is dense or materialized.
@@ -128,11 +128,11 @@ def _predicted(model: nn.Module) -> Iterator[tuple[str, str, Use]]:
     """(name, layer, use) for weights of layers whose code is torch's own, so that it is known what consumes them."""
     for name, owner, _attribute in owned(model):
         base = plain_class(owner)
-        if issubclass(base, _UNLOWERED):
-            yield name, base.__name__, Use("handle", "materialized", "no lowering for this op")
+        if issubclass(base, _TOGETHER):
+            yield name, base.__name__, Use("handle", "staged", "")
         elif stock := stock_layer(base):
             yield name, stock.__name__, Use("handle", "staged", "")
 
 
-_UNLOWERED = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.RNNBase, nn.RNNCellBase)
-"""Layers that hand their weights, all together, to one function of torch."""
+_TOGETHER = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.RNNBase, nn.RNNCellBase)
+"""Layers that hand their weights, all together, to one function of torch, which has a decomposition."""

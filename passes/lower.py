@@ -158,7 +158,7 @@ def readings(generate: fx.Node) -> dict[fx.Node, Reading | None]:
                 return {generate: None}
             if user.op not in ("call_function", "call_method") or user.all_input_nodes != [node] or user in found:
                 continue
-            if op_name(user) in _FORMS and _without_gradient(user, state):
+            if op_name(user) in _FORMS and _detached(generate, user):
                 found[user] = None
             elif node is generate and len(whole.generated.shape) == 2 and transposes_matrix(user):
                 found[user] = Reading(Generated.of(state, scale, view, transposed=True))
@@ -176,18 +176,21 @@ def writes(call: fx.Node, tensor: fx.Node) -> bool:
     return (by_name and call.args[:1] == (tensor,)) or call.kwargs.get("out") is tensor
 
 
-def _without_gradient(form: fx.Node, state: fx.Node) -> bool:
-    """Whether a node was made where a graph records no gradients, and may be used where it does: no gradient leads back."""
-    stored, value = value_of(state), value_of(form)
+def _detached(generate: fx.Node, form: fx.Node) -> bool:
+    """Whether no gradient leads from a node to the weight, though one would lead on from the weight to the state.
+
+    Where a graph records no gradients for a while, the weight may have been read then: it still is like a parameter.
+    """
     switches = form.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
-    return bool(switches) and stored is not None and value is not None and stored.requires_grad != value.requires_grad
+    source, value = value_of(cast(Any, generate.args[0]) if switches else generate), value_of(form)
+    return source is not None and value is not None and source.requires_grad and not value.requires_grad
 
 
 def _reading(generate: fx.Node, form: fx.Node) -> Reading | None:
     """What a node shows of a weight, if its value says so: what Handle.as_weight asks of a handle."""
     state, scale, view = cast(Any, generate.args)
     whole, value = value_of(generate), value_of(form)
-    if whole is None or value is None or whole.device != value.device or op_name(form) == "detach":
+    if whole is None or value is None or whole.device != value.device:
         return None
     alike = (whole.shape, whole.stride()) == (value.shape, value.stride())
     if whole.dtype != value.dtype:
