@@ -166,7 +166,8 @@ def _check_modules(model: Any) -> None:
         if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
             fix = "Run one forward pass, which initialises lazy modules, then transform."
             raise FxrpgError(where, "parameters must be initialised", f"the lazy {type(module).__name__}", fix)
-        if ".quantized." in f"{type(module).__module__}." and "qat" not in type(module).__module__:
+        plain = type(module).__name__ in ("FloatFunctional", "FXFloatFunctional")  # additions that observers may watch
+        if not plain and ".quantized." in f"{type(module).__module__}." and "qat" not in type(module).__module__:
             fix = "Transform the float model; quantise the ring instead of the weights."
             raise FxrpgError(
                 where, "weights must be floating-point parameters", f"the quantised {type(module).__name__}", fix

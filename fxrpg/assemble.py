@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxrpg.epilogue import register_epilogue_flops
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import METADATA, REQUIRES_GRAD
 from fxrpg.lowering import encode_scales, generate_weight
+from fxrpg.optimizers import watch_optimizers
 from fxrpg.owner import (
     DIGEST,
     LINK,
@@ -125,7 +127,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     """A deep copy, also of a module that keeps computed tensors as attributes (an old-style weight_norm's weight)."""
     memo = {} if memo is None else memo
     for module in model.modules():
-        for value in vars(module).values():
+        for value in pytree.tree_leaves(dict(vars(module))):  # also those in lists and dicts
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
@@ -155,7 +157,9 @@ def assemble(
     """
     register_flops()
     register_epilogue_flops()
+    watch_optimizers()
     device = next(iter(states.values())).device
+    untie(root, [alias for aliases in plan.names.values() for alias in aliases])  # before there are names of states
     for name, state in states.items():
         put_state(root, name, state)
     root.register_buffer(SCALE, encode_scales(scale).to(device, dtype))
@@ -166,7 +170,6 @@ def assemble(
         adopt(root)
         rewrite(root, plan, root.__dict__[TRACE])
     else:
-        untie(root, [alias for aliases in plan.names.values() for alias in aliases])
         own(root, plan, owners_of(root, plan), root.__dict__[TRACE])
 
 

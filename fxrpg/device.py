@@ -34,7 +34,9 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def settled(tensor: Tensor) -> Tensor:
-    """`tensor`, finished: to be kept on a GPU for later calls, whose stream may be another."""
+    """`tensor`, finished: to be kept for later calls, maybe in another stream of a GPU, or outside torch.func."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # which wraps what is made within it
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
     return tensor

@@ -69,13 +69,18 @@ class _Watcher(TorchFunctionMode):
         if used:
             self._consumed(func, args, kwargs)
         out = func(*args, **kwargs)
-        if used and isinstance(out, Tensor) and self._copied(func, args, kwargs, out, used[0]):
+        if used and type(out) in (Tensor, nn.Parameter) and self._copied(func, args, kwargs, out, used[0]):
             self.copies.append(out)
             self.names[_storage(out)] = str(self._name(used[0]))
         return out
 
     def _name(self, tensor: Tensor) -> str | None:
-        return self.names.get(_storage(tensor)) if tensor.layout == torch.strided and not tensor.is_meta else None
+        plain = (
+            tensor.layout == torch.strided
+            and not tensor.is_meta
+            and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        )
+        return self.names.get(_storage(tensor)) if plain else None  # within a vmap, a wrapper has no storage
 
     def _consumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         rule = rule_for(func, args, kwargs, lambda x: isinstance(x, Tensor) and self._name(x) is not None)

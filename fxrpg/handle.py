@@ -33,6 +33,7 @@ from fxrpg.lowering import (
     weight_dtype,
 )
 from fxrpg.parts import part_of
+from fxrpg.recipes import Recipe, Recipes, storage_of
 from fxrpg.surroundings import compiled_elsewhere, keep_mode
 from fxrpg.trace import Trace
 from fxrpg.view import View
@@ -103,7 +104,7 @@ class Handle(Tensor):
         return type(result)(parts)
 
     def _after(self, step: Step, result: Tensor, stand_in: Tensor) -> Handle:
-        aliasing = self.aliasing and _storage(result) == _storage(stand_in)
+        aliasing = self.aliasing and storage_of(result) == storage_of(stand_in)
         return Handle(
             self.generated, self.weight_name, self.weight_trace, (*self.chain, step), result, aliasing
         ).attached()
@@ -135,6 +136,11 @@ class Handle(Tensor):
             return self
         handle = _Attach.apply(*self.generated[:2], self)
         return handle if isinstance(handle, Handle) else self
+
+    def recipe(self) -> Recipe:
+        """How to produce the weight again, without autograd."""
+        generated, chain = self.generated, self.chain
+        return Recipe(lambda: _replay(generate_weight(*generated[:3]), chain), generated.state, self.weight_name)
 
     def produce(self) -> Tensor:
         """The weight itself, on autograd's record, with the chain replayed."""
@@ -273,6 +279,8 @@ def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise NotLowered("no lowering for this op")
     if current_mode() == "materialized":
         raise NotLowered("lowering_mode('materialized')")
+    if any(isinstance(x, Tensor) and not isinstance(x, Handle) and x.is_nested for x in args):
+        raise NotLowered("called with a nested tensor")
     weight = rule.weight_in(args, kwargs)
     if not isinstance(weight, Handle):
         raise NotLowered(f"the generated tensor is not the op's argument {rule.keyword!r}")
@@ -300,7 +308,9 @@ def _materialized(func: Any, args: Any, kwargs: dict[str, Any], handles: list[Ha
     full_args, full_kwargs = _replace_handles((args, kwargs), lambda h: weights[id(h)])
     if transforming():
         return func(*full_args, **full_kwargs)
-    hooks = _Recipes({_storage(weights[id(handle)]): handle for handle in handles})
+    hooks = Recipes()
+    for handle in handles:
+        hooks.add(weights[id(handle)], handle.recipe())
     if not torch.is_grad_enabled():
         out = func(*full_args, **full_kwargs)
     else:
@@ -312,7 +322,8 @@ def _materialized(func: Any, args: Any, kwargs: dict[str, Any], handles: list[Ha
             *_replace_handles(args, lambda _: weight), **_replace_handles(kwargs, lambda _: weight)
         )
 
-    return _without_aliases(out, hooks.handles, again) if len(handles) == 1 else out
+    known = {storage_of(weights[id(handle)]): handle for handle in handles}
+    return _without_aliases(out, known, again) if len(handles) == 1 else out
 
 
 def _without_aliases(out: Any, handles: dict[int, Handle], again: Callable[[Handle], Step]) -> Any:
@@ -320,7 +331,7 @@ def _without_aliases(out: Any, handles: dict[int, Handle], again: Callable[[Hand
 
     def replaced(tensor: Any, pick: Callable[[Any], Any]) -> Any:
         strided = isinstance(tensor, Tensor) and tensor.layout == torch.strided
-        if not strided or (handle := handles.get(_storage(tensor))) is None:
+        if not strided or (handle := handles.get(storage_of(tensor))) is None:
             return tensor
         geometry = Geometry.of(tensor)
         like = geometry.stand_in(tensor.requires_grad)
@@ -335,37 +346,6 @@ def _without_aliases(out: Any, handles: dict[int, Handle], again: Callable[[Hand
     return replaced(out, lambda result: result)
 
 
-class _Recipes:
-    """Saved-tensor hooks that keep a recipe in place of any alias of a generated weight.
-
-    Other tensors go to the hooks that were in force outside (activation checkpointing, offloading), or are kept.
-    """
-
-    def __init__(self, handles: dict[int, Handle]) -> None:
-        self.handles = handles
-        self.outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-    def pack(self, tensor: Tensor) -> tuple[str, Any]:
-        handle = self.handles.get(_storage(tensor)) if tensor.layout == torch.strided else None
-        if handle is None:
-            return ("outer", self.outer[0](tensor)) if self.outer else ("kept", tensor)
-        geometry = tensor.size(), tensor.stride(), tensor.storage_offset()
-        return "recipe", (handle.generated, handle.weight_name, handle.chain, handle.generated.state._version, geometry)
-
-    def unpack(self, packed: tuple[str, Any]) -> Tensor:
-        kind, content = packed
-        if kind != "recipe":
-            return self.outer[1](content) if kind == "outer" else content
-        generated, name, chain, version, geometry = content
-        if generated.state._version != version:
-            raise RuntimeError(
-                f"{name}: its generator's state was changed in place (an optimizer step?) between forward and backward, "
-                "so the weight that backward needs is gone. Run backward before the step."
-            )
-        with torch.no_grad():
-            return _replay(generate_weight(*generated[:3]), chain).as_strided(*geometry)
-
-
 def _part(step: Step, i: int) -> Step:
     return lambda weight: step(weight)[i]
 
@@ -374,10 +354,6 @@ def _replay(weight: Tensor, chain: tuple[Step, ...]) -> Tensor:
     for step in chain:
         weight = step(weight)
     return weight
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _handles(tree: Any) -> list[Handle]:

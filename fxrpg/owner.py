@@ -66,14 +66,14 @@ def own(root: nn.Module, plan: Plan, weights: Iterable[tuple[str, nn.Module, str
     for owner in owners.values():
         if isinstance(owner, nn.RNNBase):
             owner.__dict__.pop("_flat_weights", None)  # a property of the generated class from here on
-        base: Any = type(owner)
-        owner.__class__ = owner_class(base, tuple(owner.__dict__[LINK].weights))
+        base: Any = type(owner)  # changed past a __setattr__ of the module's own
+        object.__setattr__(owner, "__class__", owner_class(base, tuple(owner.__dict__[LINK].weights)))
 
 
 def disown(owner: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     """Make `owner` an ordinary module again, with `weights` (attribute -> parameter) at their old places."""
     link: Link = owner.__dict__.pop(LINK)
-    owner.__class__ = plain_class(owner)
+    object.__setattr__(owner, "__class__", plain_class(owner))
     parameters = owner._parameters | weights
     owner._parameters.clear()
     for attribute in [*link.order, *(a for a in parameters if a not in link.order)]:
@@ -166,6 +166,15 @@ def read(owner: nn.Module, attribute: str) -> Tensor:
     return Handle(generated, link.weights[attribute][0], link.root.__dict__[TRACE]).attached()
 
 
+def subclass(name: str, base: Any, namespace: dict[str, Any]) -> Any:
+    """A subclass that `base` does not hear of: some classes register their subclasses, or want arguments of them."""
+    if not any("__init_subclass__" in vars(cls) for cls in base.__mro__[:-1]):
+        return type(base)(name, (base,), namespace)
+    cls = type(base)(name, (nn.Module,), namespace)
+    cls.__bases__ = (base,)
+    return cls
+
+
 @functools.cache
 def owner_class(base: Any, attributes: tuple[str, ...]) -> Any:
     """The subclass of `base` whose `attributes` are generated. One class per argument, so that compiled code is shared."""
@@ -173,12 +182,13 @@ def owner_class(base: Any, attributes: tuple[str, ...]) -> Any:
     namespace |= {"_fxrpg_base": base, "_fxrpg_attributes": attributes, "__reduce_ex__": _reduce}
     # under the module's own name torch.fx keeps torch's layers as leaves
     namespace |= {"register_parameter": _register_parameter, "__module__": base.__module__}
+    namespace["_save_to_state_dict"] = _save_to_state_dict
     if (stock := stock_layer(base)) and "weight" in attributes and {*attributes} <= {"weight", "bias"}:
         namespace["forward"] = _compilable_forward(base, LAYERS[stock])
     if issubclass(base, nn.RNNBase):
         namespace["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         namespace["flatten_parameters"] = lambda self: None
-    return type(base)(f"Generated{base.__name__}", (base,), namespace)
+    return subclass(f"Generated{base.__name__}", base, namespace)
 
 
 def plain_class(module: nn.Module) -> Any:
@@ -228,6 +238,20 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
             f'Assign it before transforming, or leave the weight dense with Rule("{full}", "dense").',
         )
     cls._fxrpg_base.register_parameter(self, name, param)
+
+
+def _save_to_state_dict(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    """A state_dict holds states and no weights, also where the owner's own code writes its attributes into it one by one."""
+    cls: Any = type(self)
+    cls._fxrpg_base._save_to_state_dict(self, destination, prefix, keep_vars)
+    link: Any = self._fxrpg_link
+    for attribute, (_name, state, *_view) in link.weights.items():
+        if isinstance(destination.get(prefix + attribute), Handle):
+            del destination[prefix + attribute]
+        own = state.rpartition(".")[2]
+        held = self._parameters.get(own, self._buffers.get(own))
+        if held is not None and prefix + own not in destination:
+            destination[prefix + own] = held if keep_vars else held.detach()
 
 
 def generated_name(owner: nn.Module, attribute: str) -> str:

@@ -13,10 +13,22 @@ from torch import Tensor, nn
 from fxrpg.assemble import copy_module, trace_of
 from fxrpg.errors import FxrpgError
 from fxrpg.lowering import current_mode
-from fxrpg.owner import generated_name, link_of, plain_class
+from fxrpg.owner import PLAN, generated_name, link_of, plain_class
 from fxrpg.passes.region import FUSED, RegionTracer, fuse_layers, generates, reason_of
 from fxrpg.proof import difference, kept_randomness, seed
-from fxrpg.regions import Call, Part, Region, Traced, Unknown, answering, holds_module, install, region_class, seen
+from fxrpg.regions import (
+    REGION,
+    Call,
+    Part,
+    Region,
+    Traced,
+    Unknown,
+    answering,
+    holds_module,
+    install,
+    region_class,
+    seen,
+)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -177,6 +189,8 @@ def record(
                 raise  # it says what to do about it
             if not training:
                 fix = "Pass arguments that model(*example_inputs, **example_kwargs) takes."
+                if PLAN in model.__dict__:
+                    fix += " If it takes these, a module reads weights through parameters() or state_dict(): leave them dense."
                 raise FxrpgError("transform, example_inputs", "the model must run on them", failure, fix) from e
             calls = {key: value for key, value in calls.items() if not key[1]}
     for hook in hooks:
@@ -243,8 +257,8 @@ def _around(module: nn.Module, called: set[str], path: str = "") -> Iterator[str
 
 
 def _candidates(root: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Of these modules, or where they have no forward of their inside, those in which something could be fused."""
-    found = []
+    """Of these modules, or where they have no forward of their inside, those that could have a region; each once."""
+    found: list[str] = []
     for path in paths:
         module = root.get_submodule(path)
         if not any(generates(layer) for layer in module.modules()):
@@ -254,7 +268,10 @@ def _candidates(root: nn.Module, paths: Iterable[str]) -> list[str]:
             found += _candidates(root, _children(module, path))
         elif isinstance(module, nn.Sequential) or not plain_class(module).__module__.startswith("torch.nn"):
             found.append(path)
-    return list(dict.fromkeys(found))
+    once: dict[int, str] = {}
+    for path in found:
+        once.setdefault(id(root.get_submodule(path)), path)
+    return [path for path in once.values() if REGION not in root.get_submodule(path).__dict__]
 
 
 def _children(module: nn.Module, path: str) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fxrpg.dispatch import choices
 from fxrpg.folding import Norm, hooked, is_fixed, run_after, run_fixed
 from fxrpg.lowering import LAYERS, current_mode, transforming
-from fxrpg.owner import TRACE, generated_of, link_of, plain_class, stock_layer
+from fxrpg.owner import TRACE, generated_of, link_of, plain_class, stock_layer, subclass
 
 REGION = "_fxrpg_region"
 
@@ -182,7 +182,7 @@ def _no_region() -> None:
 def install(module: nn.Module, region: Region) -> None:
     """Have `module` answer calls by `region` where its guards hold."""
     base: Any = type(module)
-    module.__class__ = region_class(base)
+    object.__setattr__(module, "__class__", region_class(base))
     module.__dict__[REGION] = region
 
 
@@ -190,7 +190,7 @@ def uninstall(module: nn.Module) -> None:
     """Undo `install`."""
     if REGION in module.__dict__:
         del module.__dict__[REGION]
-        module.__class__ = plain_class(module)
+        object.__setattr__(module, "__class__", plain_class(module))
 
 
 @functools.cache
@@ -207,7 +207,7 @@ def region_class(base: Any) -> Any:
         return base.forward(self, *args, **kwargs)
 
     namespace = {"forward": forward, "_fxrpg_base": base, "__reduce_ex__": _reduce, "__module__": base.__module__}
-    return type(base)(f"Region{base.__name__}", (base,), namespace)
+    return subclass(f"Region{base.__name__}", base, namespace)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxrpg.handle import Handle
 from fxrpg.lowering import NotLowered, accumulate_gradient, current_mode, generate_weight, lowering_mode, transforming
+from fxrpg.recipes import generated_again
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 """(inputs, weights) -> outputs: the ordinary op. It is run again in backward, so it must draw no random numbers."""
@@ -107,13 +108,14 @@ def _differentiable(ctx: Any, grads: tuple[Tensor, ...]) -> list[Tensor | None]:
     # fresh aliases end the differentiation here
     tensors = [t.view_as(t) if need else t for t, need in zip(ctx.saved_tensors, needed, strict=True)]
 
-    def weight(source: _Source) -> Tensor:
-        first = tensors[source.tensor]
-        return torch.ops.fxrpg.generate.default(first, tensors[source.tensor + 1], source.view) if source.view else first
-
     wanted = {i: tensors[i] for i, need in enumerate(needed) if need}
-    weights = [weight(source) for source in ctx.sources]
-    found = dict(
-        zip(wanted, _again(ctx, tensors[: ctx.count], weights, list(wanted.values()), grads, True), strict=True)
-    )
+    with generated_again() as produce:
+
+        def weight(source: _Source) -> Tensor:
+            first = tensors[source.tensor]
+            return produce(first, tensors[source.tensor + 1], source.view, None) if source.view else first
+
+        weights = [weight(source) for source in ctx.sources]
+        gradients = _again(ctx, tensors[: ctx.count], weights, list(wanted.values()), grads, True)
+    found = dict(zip(wanted, gradients, strict=True))
     return [found.get(i) for i in range(len(tensors))]

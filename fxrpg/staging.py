@@ -25,6 +25,7 @@ from fxrpg.lowering import (
     transforming,
     weight_dtype,
 )
+from fxrpg.recipes import generated_again
 from fxrpg.view import View
 
 LIBRARY = torch.library.Library("fxrpg", "DEF")
@@ -213,14 +214,12 @@ class _Staged:
     def _differentiable(self, grad: Tensor, args: Any, needed: list[bool]) -> list[Tensor | None]:
         """Gradients through plain torch ops on the generated weight: slower, and differentiable again."""
 
-        def produce(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype) -> Tensor:
-            return torch.ops.fxrpg.generate.default(state, scale, text).to(dtype)
-
         # Fresh aliases end the differentiation here: an input may itself have come from the state.
         args = [t.view_as(t) if need else t for t, need in zip(args, needed, strict=False)] + list(args[len(needed) :])
         wanted = [t for t, need in zip(args, needed, strict=False) if need]
-        out = self._run(args, produce)
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
+        with generated_again() as produce:
+            out = self._run(args, produce)
+            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
         return [next(found) if need else None for need in needed]
 
     def autocast(self, *args: Any) -> Tensor:

@@ -84,6 +84,11 @@ def contract(x: Any, weight: Generated, terms: Terms, first: bool) -> Any:
     if len(shape) != len(terms.x) or len(weight.shape) != len(terms.weight):
         raise NotLowered("the product's indices do not fit its tensors")
     sizes = dict(zip(terms.weight, weight.shape, strict=True))
+    once = [i for i, n in enumerate(shape) if n == 1 != sizes.get(terms.x[i], 1) and terms.x[i] in terms.out]
+    if once:  # one input for all matrices of a stack
+        left = [i for i in range(len(shape)) if i not in once]
+        x, shape = x.squeeze(once), tuple(shape[i] for i in left)
+        terms = terms._replace(x="".join(terms.x[i] for i in left))
     if any(sizes.get(index, n) != n for index, n in zip(terms.x, shape, strict=True)):
         raise NotLowered("a product is lowered for sizes that are equal, not repeated")
     return torch.ops.fxrpg.contraction.default(x, None, *weight[:3], terms.text, first)
@@ -136,11 +141,34 @@ def terms_role(shape: tuple[int, ...], terms: Terms) -> Role | None:
     return Role("linear", (*stack, *outputs, *inputs), std, len(stack) + len(outputs) - 1)
 
 
+def _pair(equation: Any, operands: int, position: int) -> tuple[str, int, str]:
+    """An einsum of three operands or more as two: of the weight with the operand that has most in common, then the rest.
+
+    Returns the first's equation (that operand, then the weight), the operand's place, the second's equation (the first's
+    result, then the rest in order).
+    """
+    given, arrow, out = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
+    terms = given.split(",")
+    if not arrow or "." in given or len(terms) != operands:
+        raise NotLowered("einsum of more than two operands is lowered with all its indices written out")
+    rest = [i for i in range(operands) if i != position]
+    partner = max(rest, key=lambda i: len({*terms[i]} & {*terms[position]}))
+    rest.remove(partner)
+    wanted = {*out}.union(*(terms[i] for i in rest))
+    kept = "".join(i for i in dict.fromkeys(terms[partner] + terms[position]) if i in wanted)
+    second = ",".join([kept, *(terms[i] for i in rest)])
+    return f"{terms[partner]},{terms[position]}->{kept}", partner, f"{second}->{out}"
+
+
 def _einsum_role(position: int) -> Callable[..., Role | None]:
     def role(shape: tuple[int, ...], transposed: bool, equation: str, *operands: Any) -> Role | None:
-        other = shape_of(operands[1 - position]) if len(operands) == 2 else None
+        place, partner = position, 1 - position
         try:
-            return None if other is None else terms_role(shape, terms_of(equation, len(other), position))
+            if len(operands) > 2:
+                equation, partner, _ = _pair(equation, len(operands), position)
+                place = 1
+            other = shape_of(operands[partner]) if len(operands) > 1 else None
+            return None if other is None else terms_role(shape, terms_of(equation, len(other), place))
         except NotLowered:
             return None
 
@@ -149,7 +177,14 @@ def _einsum_role(position: int) -> Callable[..., Role | None]:
 
 @lowers(torch.einsum, position=1, role=_einsum_role(0))
 @lowers(torch.einsum, position=2, role=_einsum_role(1))
+@lowers(torch.einsum, position=3, role=_einsum_role(2))
+@lowers(torch.einsum, position=4, role=_einsum_role(3))
 def einsum(equation: str, *operands: Any) -> Any:
+    if len(operands) > 2:
+        position = next(i for i, x in enumerate(operands) if isinstance(x, Generated))
+        first, partner, second = _pair(equation, len(operands), position)
+        rest = [x for i, x in enumerate(operands) if i not in (partner, position)]
+        return torch.einsum(second, einsum(first, operands[partner], operands[position]), *rest)
     if len(operands) != 2 or not isinstance(equation, str):
         raise NotLowered("einsum is lowered for two operands")
     position = 0 if isinstance(operands[0], Generated) else 1

@@ -113,7 +113,7 @@ def checkout(tmp_path_factory):
     """A copy of what the repository holds, with its symbolic links."""
     copy = tmp_path_factory.mktemp("checkout") / "fxrpg"
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+        ".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
     )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     return copy

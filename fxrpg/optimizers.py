@@ -1,0 +1,77 @@
+"""Optimizers that were given a part of a model: the state of its weights belongs to the root, and would never be trained."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from fxrpg.errors import FxrpgError
+from fxrpg.handle import Handle
+from fxrpg.owner import PLAN, Link
+
+_stepped: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+"""Optimizer -> how often it has stepped."""
+
+
+@functools.cache
+def watch_optimizers() -> None:
+    """Look at the first steps of every optimizer. Called when a first model is transformed."""
+    register_optimizer_step_pre_hook(_refuse_handles)
+    register_optimizer_step_post_hook(_warn_of_forgotten)
+
+
+def _refuse_handles(optimizer: Optimizer, *_: Any) -> None:
+    """A generated weight is a fresh tensor at each read: a step on one would be lost."""
+    if optimizer in _stepped:
+        return
+    for parameter in _parameters(optimizer):
+        if isinstance(parameter, Handle):
+            raise FxrpgError(
+                type(optimizer).__name__,
+                "an optimizer must hold parameters",
+                f"the generated weight {parameter.weight_name}",
+                "Pass model.parameters(), which holds the state that it is generated from.",
+            )
+
+
+def _warn_of_forgotten(optimizer: Optimizer, *_: Any) -> None:
+    """At its second step, when all other optimizers have had their first: is a model trained without its state?"""
+    _stepped[optimizer] = steps = _stepped.get(optimizer, 0) + 1
+    if steps != 2:
+        return
+    own = {id(p) for p in _parameters(optimizer)}
+    everyones = {id(p) for other in list(_stepped) for p in _parameters(other)}
+    roots = {id(link.root): link.root for link in list(Link.alive) if link.root is not None}
+    for root in roots.values():
+        if any(id(p) in own for p in root.parameters()):
+            _warn(root, everyones)
+
+
+def _warn(root: nn.Module, trained: set[int]) -> None:
+    states = {state: root.get_parameter(state) for state in root.__dict__[PLAN].states if _is_parameter(root, state)}
+    left = [name for name, p in states.items() if p.requires_grad and p.grad is not None and id(p) not in trained]
+    if left:
+        warnings.warn(
+            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''} has a gradient, but no optimizer steps it: generated "
+            "weights are not among the parameters() of the module that owns them, their state is among those of the whole "
+            "model. Pass that to the optimizer, or call requires_grad_(False) on it if it is to stay as it is.",
+            stacklevel=4,
+        )
+
+
+def _is_parameter(root: nn.Module, name: str) -> bool:
+    path, _, attribute = name.rpartition(".")
+    try:
+        return attribute in root.get_submodule(path)._parameters
+    except AttributeError:  # surgery has taken it out
+        return False
+
+
+def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
