@@ -1,10 +1,16 @@
 # Two commands on a fresh machine with Python >= 3.11: `make demo` and `make test`. Each makes .venv by itself.
+# `make zoo` tries real models of other packages, in an environment of its own.
 # editable_mode=compat puts this folder on the path, so that a folder of the same name above it cannot hide the package.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+ZOO_BIN := .venv-zoo/bin
+ZOO_STAMP := .venv-zoo/.installed
+INSTALL := -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat
+# such as --third, or --only 'timm.*'
+ZOO ?=
 
-.PHONY: demo test lint check clean
+.PHONY: demo test zoo lint check clean
 
 demo: $(STAMP)
 	$(BIN)/fxrpg demo --out build/demo
@@ -12,8 +18,13 @@ demo: $(STAMP)
 # The kernels' tests run in a process of their own: Triton's interpreter must be chosen before Triton is imported.
 # On a GPU, plain `pytest` runs all of them there.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not kernels"
-	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m kernels
+	$(BIN)/python -m pytest -m "not kernels and not zoo"
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "kernels and not zoo"
+
+# Only files with such tests are given: others import what is not installed there.
+zoo: $(ZOO_STAMP)
+	$(ZOO_BIN)/python bench/zoo/run.py $(ZOO)
+	files=$$(grep -l 'pytest\.mark\.zoo' tests/test_*.py); test -z "$$files" || $(ZOO_BIN)/python -m pytest -m zoo $$files
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -24,8 +35,13 @@ check: lint test
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --config-settings editable_mode=compat --editable '.[dev]'
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(ZOO_STAMP): pyproject.toml bench/zoo/constraints.txt
+	$(PYTHON) -m venv .venv-zoo
+	$(ZOO_BIN)/python $(INSTALL) --constraint bench/zoo/constraints.txt --editable '.[zoo]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-zoo build dist *.egg-info
