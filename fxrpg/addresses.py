@@ -26,9 +26,22 @@ def block_cells(ring: Any, view: View, size: int, device: torch.device) -> Tenso
     return _cells(ring, view, size, device)
 
 
+def block_rows(ring: Any, view: View, size: int, device: torch.device) -> Tensor:
+    """The same counted in blocks, where the ring consists of whole ones."""
+    if view.count <= _SMALL and ring.block >= 32:
+        return _kept_rows(view.text, size, device)
+    return _cells(ring, view, size, device) // ring.block
+
+
 def sign_words(view: View, count: int, device: torch.device) -> Tensor:
     """The words whose bits are the signs of the first `count` elements, 32 in each: int32."""
     return (_kept_words if count <= _SMALL else _words)(view.seed, view.tensor, view.first, count, device)
+
+
+@kept(64)
+def lanes(device: torch.device) -> Tensor:
+    """How far left each of a word's bits, the lowest first, is from the highest: int32 [32]."""
+    return settled(torch.arange(31, -1, -1, dtype=torch.int32, device=device))
 
 
 def bijection(ring: Any, view: View) -> Bijection | None:
@@ -46,6 +59,13 @@ def bijection(ring: Any, view: View) -> Bijection | None:
 def _kept_cells(text: str, size: int, device: torch.device) -> Tensor:
     view = View.parse(text)
     return settled(_cells(view.generator, view, size, device))
+
+
+@kept(4096)
+def _kept_rows(text: str, size: int, device: torch.device) -> Tensor:
+    view = View.parse(text)
+    ring: Any = view.generator
+    return settled(_cells(ring, view, size, device) // ring.block)
 
 
 def _cells(ring: Any, view: View, size: int, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 Step = Callable[[Tensor], Any]
 
 
+@functools.lru_cache(maxsize=4096)
 def writes(func: Any) -> bool:
     """Whether `func` changes its first argument, by torch's own convention: a trailing underscore."""
     name = getattr(func, "__name__", "")

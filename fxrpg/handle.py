@@ -45,8 +45,8 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
+        if "torch._dynamo" not in sys.modules or not torch._C._dynamo.eval_frame.get_eval_frame_callback():
+            return function(*args, **kwargs)  # Dynamo looks at no frame here
         if not disabled:
             disabled.append(torch._dynamo.disable(function))
         return disabled[0](*args, **kwargs)
@@ -262,7 +262,7 @@ def consume(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func in DECOMPOSITIONS and current_mode() != "materialized":
             return DECOMPOSITIONS[func](*args, **kwargs)
         with choices() as seen:
-            out = _lowered(func, args, kwargs)
+            out = _lowered(func, args, kwargs, len(handles))
         path, reason = (seen[0].path, seen[0].reason) if seen else ("staged", "")
     except NotLowered as e:
         out = _materialized(func, args, kwargs, handles)
@@ -272,8 +272,8 @@ def consume(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return out
 
 
-def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """`func` through its rule. Raises NotLowered where no rule covers the call."""
+def _lowered(func: Any, args: Any, kwargs: dict[str, Any], handles: int) -> Any:
+    """`func` through its rule, for arguments with so many handles. Raises NotLowered where no rule covers the call."""
     rule = rule_for(func, args, kwargs, lambda x: isinstance(x, Handle))
     if rule is None:
         raise NotLowered("no lowering for this op")
@@ -285,6 +285,8 @@ def _lowered(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not isinstance(weight, Handle):
         raise NotLowered(f"the generated tensor is not the op's argument {rule.keyword!r}")
     generated = weight.as_weight(rule.transposable)
+    if handles == 1 and not kwargs:
+        return rule.call(*args[: rule.position], generated, *args[rule.position + 1 :])
     args, kwargs = _with_bias(rule, args, rule.arguments(kwargs))
     if len(_handles((args, kwargs))) > 1:
         raise NotLowered("several generated tensors meet in this op")
@@ -362,7 +364,7 @@ def _handles(tree: Any) -> list[Handle]:
         return [tree]
     if type(tree) is tuple:
         return [handle for part in tree for handle in _handles(part)]
-    if not isinstance(tree, list | tuple | dict):
+    if not isinstance(tree, list | tuple | dict) or not tree:
         return []
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Handle)]
 
@@ -392,6 +394,8 @@ def _no_address(handle: Handle) -> FxrpgError:
 
 def _refuse_write(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """An in-place write to a generated weight would be lost, so it raises."""
+    if not writes(func) and "out" not in kwargs:
+        return
     first = args[:1] or [kwargs.get(key) for key in ("tensor", "input", "self")]
     target = _handles((first if writes(func) else (), kwargs.get("out")))
     if target:

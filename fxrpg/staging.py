@@ -252,7 +252,12 @@ def autograd_kernel(
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
 
     def kernel(*args: Any) -> Any:
-        return plain(*args) if transforming() else function.apply(*args)
+        if transforming():
+            return plain(*args)
+        if torch.is_grad_enabled():
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
 
     return kernel
 

@@ -26,6 +26,7 @@ BLOCKS = (1, 8, 16, 32, 64)
 LAYOUTS = ("arc", "shuffle", "block_diagonal", "hash")
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SIGN = -(1 << 31)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,22 +208,23 @@ class Ring(Generator):
 
     def _gathered(self, ring: Tensor, view: View) -> Tensor:
         """The weight that reads `ring`, with its signs."""
-        starts = self.block_cells(view, ring.numel(), ring.device)
         if self._whole_rows(view, ring.numel()):
-            values = ring.view(-1, self.block).index_select(0, starts // self.block)
+            rows = addresses.block_rows(self, view, ring.numel(), ring.device)
+            values = ring.view(-1, self.block).index_select(0, rows)
         else:
-            values = ring[self._cells(starts, ring.numel())]
+            values = ring[self._cells(self.block_cells(view, ring.numel(), ring.device), ring.numel())]
         values = values.view(-1)[: view.count]
         return view.from_logical(self._reflected(values, view))
 
     def scatter_gradient(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
         """The adjoint by scatter-add: element by element into its cell. On the CPU in a fixed order."""
         blocks = self._signed_blocks(grad, view)
-        starts = self.block_cells(view, state.numel(), grad.device)
         out = grad.new_zeros(state.numel())
         if self._whole_rows(view, state.numel()):
-            out.view(-1, self.block).index_add_(0, starts // self.block, blocks)
+            rows = addresses.block_rows(self, view, state.numel(), grad.device)
+            out.view(-1, self.block).index_add_(0, rows, blocks)
         else:
+            starts = self.block_cells(view, state.numel(), grad.device)
             out.index_add_(0, self._cells(starts, state.numel()).view(-1), blocks.view(-1))
         return out
 
@@ -276,10 +278,11 @@ class Ring(Generator):
         if not self.reflect:
             return values
         count = view.fan_in if self.layout == "block_diagonal" else view.count
-        words = addresses.sign_words(view, count, values.device)
-        lanes = torch.arange(32, dtype=torch.int32, device=values.device)
-        bits = (words[:, None] >> lanes & 1).view(-1)[:count]
-        bits = bits.repeat(view.count // count) if count != view.count else bits
-        word = _SIGNED[values.element_size()]
-        flips = bits.to(word) << 8 * values.element_size() - 1
+        flips = (addresses.sign_words(view, count, values.device)[:, None] << addresses.lanes(values.device)) & _SIGN
+        flips = flips.view(-1)[:count]
+        flips = flips.repeat(view.count // count) if count != view.count else flips
+        size = values.element_size()
+        word = _SIGNED[size]
+        if size != 4:
+            flips = flips.to(word) << 32 if size == 8 else (flips >> 32 - 8 * size).to(word)
         return (values.contiguous().view(word) ^ flips).view(values.dtype)
