@@ -32,7 +32,7 @@ def kind_of(case: LayerCase) -> str | None:
     """The kernels that cover a call; None where it is always staged."""
     if case.op == "conv" and case.kwargs.get("groups", 1) == case.weight[0] and case.weight[1] == 1:
         return "depthwise"
-    if case.op == "bilinear" or (case.op == "conv" and len(case.weight) == 5):
+    if case.op in ("bilinear", "contraction", "grouped") or (case.op == "conv" and len(case.weight) == 5):
         return None
     return case.op
 
