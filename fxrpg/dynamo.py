@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import nn
 
 from fxrpg.discovery import NAME
 from fxrpg.errors import FxrpgError
@@ -143,8 +142,7 @@ def lower_graphs(gm: fx.GraphModule, traces: list[tuple[Trace, Plan]]) -> None:
 def _traces(gm: fx.GraphModule, example_inputs: list[Any]) -> Iterator[tuple[Trace, Plan]]:
     """Of each transformed model whose scales are among a graph's inputs: every weight is generated with them."""
     inputs = {id(x) for x in (*example_inputs, *gm.buffers())}
-    roots: dict[int, nn.Module] = {id(link.root): link.root for link in list(Link.alive) if link.root is not None}
-    for root in roots.values():
+    for root in Link.roots():
         if id(root._buffers.get(SCALE)) in inputs:
             yield root.__dict__[TRACE], root.__dict__[PLAN]
 

@@ -73,8 +73,15 @@ class Explanation:
         for r in self.rows:
             state = [f"{r.method}: {r.state}" if r.state else ""] * several
             body.append([r.name, "x".join(map(str, r.shape)), r.status, *state, r.way, r.path, r.op, r.reason])
-        lines = "".join(f"\nregion {name}: left to the module, {reason}" for name, reason in self.dropped)
+        alike: dict[str, list[str]] = {}
+        for name, reason in self.dropped:
+            alike.setdefault(reason, []).append(name)
+        lines = "".join(f"\nregion {_some(names)}: left to the module, {reason}" for reason, names in alike.items())
         return headline + "\n\n" + tabulate(body, headers) + (f"\n{lines}" if lines else "")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def explain(model: nn.Module) -> Explanation:

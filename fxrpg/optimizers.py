@@ -15,6 +15,9 @@ from fxrpg.errors import FxrpgError
 from fxrpg.handle import Handle
 from fxrpg.owner import PLAN, Link
 
+PATIENCE = 10
+"""Steps of an optimizer before it is looked at: others may step less often."""
+
 _stepped: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 """Optimizer -> how often it has stepped."""
 
@@ -41,14 +44,13 @@ def _refuse_handles(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _warn_of_forgotten(optimizer: Optimizer, *_: Any) -> None:
-    """At its second step, when all other optimizers have had their first: is a model trained without its state?"""
+    """Once it has stepped some times, and other optimizers had their turns: is a model trained without its state?"""
     _stepped[optimizer] = steps = _stepped.get(optimizer, 0) + 1
-    if steps != 2:
+    if steps != PATIENCE:
         return
     own = {id(p) for p in _parameters(optimizer)}
     everyones = {id(p) for other in list(_stepped) for p in _parameters(other)}
-    roots = {id(link.root): link.root for link in list(Link.alive) if link.root is not None}
-    for root in roots.values():
+    for root in Link.roots():
         if any(id(p) in own for p in root.parameters()):
             _warn(root, everyones)
 
@@ -57,10 +59,11 @@ def _warn(root: nn.Module, trained: set[int]) -> None:
     states = {state: root.get_parameter(state) for state in root.__dict__[PLAN].states if _is_parameter(root, state)}
     left = [name for name, p in states.items() if p.requires_grad and p.grad is not None and id(p) not in trained]
     if left:
+        names = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
         warnings.warn(
-            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''} has a gradient, but no optimizer steps it: generated "
-            "weights are not among the parameters() of the module that owns them, their state is among those of the whole "
-            "model. Pass that to the optimizer, or call requires_grad_(False) on it if it is to stay as it is.",
+            f"{names} has a gradient, but no optimizer has stepped it so far: generated weights are not among the "
+            "parameters() of the module that owns them, their state is among those of the whole model. Pass that to the "
+            "optimizer, or call requires_grad_(False) on it if it is to stay as it is.",
             stacklevel=4,
         )
 

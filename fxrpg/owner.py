@@ -6,6 +6,7 @@ The user's forward, hooks, control flow and names stay as they are, and `isinsta
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -31,13 +32,21 @@ LINK = "_fxrpg_link"
 class Link:
     """An owner's unregistered reference to the root, which deepcopy and pickle follow, and the weights it reads there."""
 
-    alive: ClassVar[weakref.WeakSet[Link]] = weakref.WeakSet()
-    """All of them: who meets a state in a compiled graph finds its model here."""
+    _alive: ClassVar[weakref.WeakSet[Link]] = weakref.WeakSet()
+    _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __new__(cls, *_: Any) -> Link:
         link = super().__new__(cls)
-        cls.alive.add(link)
+        with cls._lock:
+            cls._alive.add(link)
         return link
+
+    @classmethod
+    def roots(cls) -> list[nn.Module]:
+        """Every transformed model that is alive: who meets a state in a graph or an optimizer finds its model here."""
+        with cls._lock:
+            links = list(cls._alive)
+        return list({id(link.root): link.root for link in links if link.root is not None}.values())
 
     def __init__(self, root: nn.Module, order: list[str]) -> None:
         self.root = root

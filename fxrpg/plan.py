@@ -165,10 +165,13 @@ def candidates(model: nn.Module, roles: Mapping[str, Role]) -> list[Candidate]:
             if parameter is None:
                 continue
             name = f"{prefix}.{attribute}" if prefix else attribute
-            role = role_of(holders.get(id(module), module), attribute, tuple(parameter.shape)) or roles.get(name)
+            known = role_of(holders.get(id(module), module), attribute, tuple(parameter.shape))
+            role = known or roles.get(name)
             if isinstance(module, fx.GraphModule) and module is not model:
                 role = Refusal("held by a graph module inside the model: transform that by itself")
-            layers = (place,) if isinstance(role, Role) and role.kind in LAYER_KINDS else ()
+            # what examples tell of raw parameters does not change which layers are the first and the last
+            told = role if isinstance(model, fx.GraphModule) else known
+            layers = (place,) if isinstance(told, Role) and told.kind in LAYER_KINDS else ()
             old = found.get(id(parameter), Candidate((), parameter, None, ()))
             found[id(parameter)] = Candidate((*old.names, name), parameter, old.role or role, old.layers + layers)
     return list(found.values())

@@ -44,7 +44,8 @@ class Recipes:
     def pack(self, tensor: Tensor) -> tuple[str, Any]:
         recipe = self.made.get(storage_of(tensor)) if tensor.layout == torch.strided else None
         if recipe is None:
-            return ("outer", self.outer[0](tensor)) if self.outer else ("kept", tensor)
+            # detached: an op's own output would hold the op that holds it, a cycle that nothing collects
+            return ("outer", self.outer[0](tensor)) if self.outer else ("kept", tensor.detach())
         geometry = tensor.size(), tensor.stride(), tensor.storage_offset()
         return "recipe", (recipe, recipe.state._version, geometry)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,8 +55,7 @@ class _Several(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Run, count: int, sources: tuple[_Source, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.run, ctx.count, ctx.sources, ctx.mode = run, count, sources, current_mode()
-        device = tensors[0].device.type
-        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.autocast = _autocast(tensors[0].device.type)
         ctx.save_for_backward(*tensors)
         return run(tensors[:count], [_weight(source, tensors) for source in sources])
 
@@ -66,6 +66,14 @@ class _Several(torch.autograd.Function):
         return None, None, None, *found
 
 
+def _autocast(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """What makes a block like this one: with autocast as it is now, on devices that have it."""
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return lambda: torch.autocast(device, dtype, enabled=enabled)
+
+
 def _weight(source: _Source, tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[source.tensor]
     return generate_weight(first, tensors[source.tensor + 1], source.view) if source.view else first
@@ -73,8 +81,7 @@ def _weight(source: _Source, tensors: Sequence[Tensor]) -> Tensor:
 
 def _again(ctx: Any, xs: list[Tensor], weights: list[Tensor], wanted: list[Tensor], grads: Any, graph: bool) -> Any:
     """The gradients of `wanted` by running the op once more, as it was run."""
-    device, dtype, enabled = ctx.autocast
-    with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled):
+    with torch.enable_grad(), ctx.autocast():
         out = ctx.run(xs, weights)
     live = [(o, g) for o, g in zip(out, grads, strict=True) if o.requires_grad and g is not None]
     outs, given = zip(*live, strict=True)

@@ -92,6 +92,11 @@ def rows(weight: Generated, index: Any) -> Any:
     """W[index] for an index tensor: rows of a table, or of a stack of them."""
     if not isinstance(index, Tensor) or index.dtype not in _INDICES or not index.dim():
         raise NotLowered("indexing is lowered for one tensor of integers")
+    return _picked(weight, torch.where(index < 0, index + weight.shape[0], index))
+
+
+def _picked(weight: Generated, index: Any) -> Any:
+    """What belongs to each index of `index`, from 0 on: [*index, ...]."""
     table = weight
     if len(weight.shape) != 2:  # rows are all that belongs to one index
         num, dim = weight.shape[0], prod(weight.shape[1:])
@@ -99,7 +104,6 @@ def rows(weight: Generated, index: Any) -> Any:
         if part is None:
             raise NotLowered("indexing is lowered where what belongs to one index lies together")
         table = Generated.of(weight.state, weight.scale, part.text)
-    index = torch.where(index < 0, index + weight.shape[0], index)
     found = torch.ops.fxrpg.embedding.default(index, None, *table[:3], -1, False)
     return found if table is weight else found.unflatten(-1, weight.shape[1:])
 
@@ -108,7 +112,7 @@ def rows(weight: Generated, index: Any) -> Any:
 def index_select(weight: Generated, dim: int, index: Any) -> Any:
     if dim % len(weight.shape) or index.dim() != 1:
         raise NotLowered("index_select is lowered for rows")
-    return rows(weight, index)
+    return _picked(weight, index)
 
 
 @compiles(nn.Embedding)

@@ -481,7 +481,7 @@ def test_the_largest_modules_that_can_be_traced():
     dropped = dict(fxrpg.explain(small).dropped)
     assert set(dropped) == {"0", "0.bad"}
     assert all("TraceError" in reason for reason in dropped.values())
-    assert "region 0.bad: left to the module, TraceError" in str(fxrpg.explain(small))
+    assert "region 0, 0.bad: left to the module, TraceError" in str(fxrpg.explain(small))
 
 
 class Loses(nn.Module):

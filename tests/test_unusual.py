@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 import fxrpg
+from fxrpg.optimizers import PATIENCE
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
 X = torch.randn(3, 8)
@@ -221,7 +226,7 @@ def test_one_input_for_a_stack_of_matrices():
 
 
 def steps(optimizers, model) -> None:
-    for _ in range(3):
+    for _ in range(PATIENCE + 1):
         model(X).square().sum().backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -234,7 +239,9 @@ def two_layers() -> nn.Module:
 
 def test_an_optimizer_of_a_part_is_told_of_the_state():
     small = two_layers()
-    with pytest.warns(UserWarning, match=r"fxrpg_ring has a gradient, but no optimizer steps it.*Pass that"):
+    with pytest.warns(
+        UserWarning, match=r"fxrpg_ring has a gradient, but no optimizer has stepped it so far.*Pass that"
+    ):
         steps([torch.optim.SGD([{"params": layer.parameters()} for layer in small], lr=0.01)], small)
 
 
@@ -261,3 +268,83 @@ def test_an_optimizer_of_a_generated_weight():
     small(X).sum().backward()
     with pytest.raises(fxrpg.FxrpgError, match=r"SGD.*the generated weight 0.weight.*model.parameters\(\)"):
         optimizer.step()
+
+
+def test_an_optimizer_that_steps_less_often_gives_no_warning():
+    small = two_layers()
+    often, seldom = (torch.optim.SGD(p, lr=0.01) for p in ([small[0].bias, small[1].bias], [small.fxrpg_ring]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(2 * PATIENCE):
+            small(X).square().sum().backward()
+            often.step()
+            if i % 3 == 2:
+                seldom.step()
+
+
+def test_threads_that_transform_and_step():
+    """The optimizers' hook looks at all models that are alive, while other threads make more."""
+
+    def work(_):
+        for _ in range(3):
+            small = fxrpg.transform(nn.Sequential(*(nn.Linear(4, 4) for _ in range(10))), dof=9, plan=EVERYTHING)
+            optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+            for _ in range(PATIENCE + 1):
+                small(torch.ones(1, 4)).sum().backward()
+                optimizer.step()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_saved_output_is_not_kept_for_ever(recorded):
+    """What torch.tanh saves is its own output: a hook that kept it as it is would close a cycle that nothing collects."""
+    small = fxrpg.transform(nn.Linear(64, 64), dof=100, plan=EVERYTHING)
+    made = []
+
+    def call():
+        out = torch.tanh(small.weight)
+        if recorded:
+            (grad,) = torch.autograd.grad(out.sum(), small.fxrpg_ring, create_graph=True)
+            grad.sum()
+        made.append(weakref.ref(out.untyped_storage()))
+
+    for _ in range(3):
+        call()
+    gc.collect()
+    assert [ref() for ref in made] == [None] * 3
+
+
+def test_recurrent_layers_on_the_meta_device():
+    small = fxrpg.transform(nn.LSTM(8, 8).to("meta"), dof=20, plan=EVERYTHING)
+    out, _ = small(torch.randn(3, 2, 8, device="meta"))
+    assert out.shape == (3, 2, 8)
+    out.sum().backward()
+    assert small.fxrpg_ring.grad.shape == (20,)
+
+
+def test_index_select_takes_no_negative_index():
+    small = fxrpg.transform(nn.Linear(8, 4), dof=5, plan=EVERYTHING)
+    assert torch.equal(small.weight[torch.tensor([-1])], fxrpg.materialize(small).weight[[3]])
+    with pytest.raises(IndexError):
+        torch.index_select(small.weight, 0, torch.tensor([-1]))
+
+
+def test_examples_do_not_change_the_first_and_the_last_layer():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(3, 8, 8))
+            self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+
+        def forward(self, x):
+            return self.layers(torch.einsum("bi,eoi->beo", x, self.experts).sum(1))
+
+    views = fxrpg.assemble.plan_of(fxrpg.transform(Mixture(), dof=9, example_inputs=(X,))).views
+    assert set(views) == {"experts", "layers.1.weight"}
