@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from fxrpg.assemble import copy_module
 from fxrpg.functions import rearrangement
-from fxrpg.lowering import DECOMPOSITIONS, rule_for
+from fxrpg.lowering import DECOMPOSITIONS, LOWERINGS
 from fxrpg.proof import kept_randomness
+from fxrpg.recipes import storage_of
 from fxrpg.region_search import Arguments, record
 from fxrpg.roles import Role, parametrized_layers, role_of
 
@@ -57,7 +58,7 @@ class _Watcher(TorchFunctionMode):
         super().__init__()
         self.roles: dict[str, Role] = {}
         self.watched = watched
-        self.names = {_storage(p): name for name, p in watched.items()}
+        self.names = {storage_of(p): name for name, p in watched.items()}
         self.copies: list[Tensor] = []  # kept, so that nothing else gets their storage
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,7 +72,7 @@ class _Watcher(TorchFunctionMode):
         out = func(*args, **kwargs)
         if used and type(out) in (Tensor, nn.Parameter) and self._copied(func, args, kwargs, out, used[0]):
             self.copies.append(out)
-            self.names[_storage(out)] = str(self._name(used[0]))
+            self.names[storage_of(out)] = str(self._name(used[0]))
         return out
 
     def _name(self, tensor: Tensor) -> str | None:
@@ -80,14 +81,14 @@ class _Watcher(TorchFunctionMode):
             and not tensor.is_meta
             and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         )
-        return self.names.get(_storage(tensor)) if plain else None  # within a vmap, a wrapper has no storage
+        return self.names.get(storage_of(tensor)) if plain else None  # within a vmap, a wrapper has no storage
 
     def _consumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        rule = rule_for(func, args, kwargs, lambda x: isinstance(x, Tensor) and self._name(x) is not None)
-        weight: Any = rule.weight_in(args, kwargs) if rule and rule.role else None
-        name = self._name(weight) if isinstance(weight, Tensor) else None
-        if rule and rule.role and name and (role := rule.role(tuple(weight.shape), False, *args)):
-            self.roles.setdefault(name, _role_of_whole(role, weight, self.watched[name]))
+        for rule in LOWERINGS.get(func, ()):  # both factors of a product may be parameters
+            weight = rule.weight_in(args, kwargs)
+            name = self._name(weight) if isinstance(weight, Tensor) else None
+            if rule.role and name and (role := rule.role(tuple(weight.shape), False, *args)):
+                self.roles.setdefault(name, _role_of_whole(role, weight, self.watched[name]))
 
     def _copied(self, func: Any, args: Any, kwargs: dict[str, Any], out: Tensor, source: Tensor) -> bool:
         """Whether a function made a copy that still lies as the parameter does: a cast, or rows picked from a stack."""
@@ -97,10 +98,6 @@ class _Watcher(TorchFunctionMode):
         if picked:
             return out.stride()[-source.dim() + 1 :] == source.stride()[1:]
         return rearrangement(func, args[1:], kwargs, source.device) is not None and out.stride() == source.stride()
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _role_of_whole(role: Role, alias: Tensor, parameter: Tensor) -> Role:

@@ -117,6 +117,32 @@ def test_parameters_wherever_they_live():
     assert "raw parameter" in reason
 
 
+def test_both_factors_of_a_product():
+    """A weight that is itself a combination of learned bases: two parameters meet in one op."""
+
+    class Bases(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.coefficients, self.bases = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 8, 6))
+
+        def forward(self, x):
+            return x @ (self.coefficients @ self.bases.view(2, -1)).view(3, 8, 6)[1]
+
+    small = fxrpg.transform(Bases(), dof=20, plan=[fxrpg.Rule("*", "generate")], example_inputs=(X,))
+    assert set(plan_of(small).views) == {"coefficients", "bases"}
+    dense = fxrpg.materialize(small)
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    small(x).square().sum().backward()
+    dense(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    scale = small.get_buffer("fxrpg_scale")
+    expected = sum(
+        fxrpg.lowering.accumulate_gradient(dense.get_parameter(n).grad, small.fxrpg_ring.detach(), scale, view.text)
+        for n, view in plan_of(small).views.items()
+    )
+    torch.testing.assert_close(small.fxrpg_ring.grad, expected)
+
+
 def test_the_model_is_run_on_a_copy():
     class Counting(Raw):
         def __init__(self):
