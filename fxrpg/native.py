@@ -62,8 +62,7 @@ def threads(work: int) -> int:
 
 def library() -> ctypes.CDLL | None:
     """The built code; None without a C compiler, or with FXRPG_NATIVE=0."""
-    found = _found()
-    return found
+    return _found()
 
 
 @functools.cache

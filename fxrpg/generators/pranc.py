@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxrpg.basis import LAWS
+from fxrpg.basis import LAWS, Law
 from fxrpg.errors import FxrpgError
 from fxrpg.fixed_point import GRADIENT_BITS, fixed_point, from_parts
 from fxrpg.generator import Generator
@@ -44,6 +44,7 @@ class Pranc(Generator):
     method: ClassVar[str] = "pranc"
     state_name: ClassVar[str] = "fxrpg_alpha"
     pair: ClassVar[str] = "fxrpg.kernels.fused.pranc"
+    native: ClassVar[str] = "fxrpg.kernels.native.pranc"
 
     law: str = "rademacher"
     norms: bool = False
@@ -74,7 +75,10 @@ class Pranc(Generator):
         return alphas
 
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
-        law = LAWS[self.law]
+        return self.summed(LAWS[self.law], state, view, dtype)
+
+    def summed(self, law: Law, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
+        """`materialize` with the sums that `law` makes."""
         limbs, weights = fixed_point(state.detach(), law.bits)
         values = torch.empty(view.count, dtype=dtype, device=state.device)
         first = 0
@@ -91,7 +95,10 @@ class Pranc(Generator):
         return straight_through(self.materialize(state, view, state.dtype), smooth)
 
     def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
-        law = LAWS[self.law]
+        return self.projected(LAWS[self.law], grad, state, view)
+
+    def projected(self, law: Law, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        """`accumulate` with the sums that `law` makes."""
         limbs, weights = fixed_point(view.to_logical(grad), law.bits, GRADIENT_BITS)
         found = _divided(from_parts(law.project(limbs, view, view.size), weights), law.deviation)
         return (found * (state != 0) if self.sparse else found).to(grad.dtype)
