@@ -249,7 +249,9 @@ def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype 
             return found
     if native_wanted(view, state, scale):
         whole = view if view.parent else view.whole
-        found = importlib.import_module(view.generator.native).generate(whole, state.detach(), _factor(scale, view), dtype)
+        found = importlib.import_module(view.generator.native).generate(
+            whole, state.detach(), _factor(scale, view), dtype
+        )
         if found is not None:
             return found if view.parent else view.narrowed(found)
     if view.parent:

@@ -73,7 +73,9 @@ def _scaled(values: Tensor, factor: float) -> Tensor:
 
 @functools.cache
 def _select() -> Any:
-    return native.function("pemn_select", (ctypes.POINTER(Layout), ctypes.c_int64, _INT, _POINTER, ctypes.POINTER(_Selection)))
+    return native.function(
+        "pemn_select", (ctypes.POINTER(Layout), ctypes.c_int64, _INT, _POINTER, ctypes.POINTER(_Selection))
+    )
 
 
 @functools.cache
