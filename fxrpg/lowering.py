@@ -287,9 +287,7 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     wide = torch.promote_types(grad.dtype, torch.promote_types(state.dtype, torch.float32))
     grad = grad.to_dense() if grad.layout != torch.strided else grad
     if native_wanted(view, grad, state, scale):
-        whole, widened = (view, grad) if view.parent else (view.whole, view.widened(grad))
-        module = importlib.import_module(view.generator.native)
-        found = module.accumulate(widened.to(wide), state.detach(), whole, _factor(scale, view))
+        found = _native_gradient(None, grad.to(wide), state, scale, view)
         if found is not None:
             return as_stored(found, state)
     scaled = grad.to(wide) * scale_of(scale, view)
@@ -301,6 +299,29 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
         if found is not None:
             return as_stored(found, state)
     return as_stored(view.generator.accumulate(scaled, state, view.whole), state)
+
+
+def collects(grad: Tensor, state: Tensor, scale: Tensor, text: str) -> bool:
+    """Whether `add_gradient` takes the gradient of a weight."""
+    view = View.parse(text)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return view.generator.collects and wide == state.dtype and native_wanted(view, grad, state, scale)
+
+
+def add_gradient(into: Tensor | None, grad: Tensor, state: Tensor, scale: Tensor, text: str) -> Tensor:
+    """`into`, a gradient of the state (None is zero), with what `accumulate_gradient` finds added; in place if it can be."""
+    found = _native_gradient(into, grad.to(state.dtype), state, scale, View.parse(text))
+    if found is not None:
+        return found
+    part = accumulate_gradient(grad, state, scale, text)
+    return part if into is None else into.add_(part)
+
+
+def _native_gradient(into: Tensor | None, grad: Tensor, state: Tensor, scale: Tensor, view: View) -> Tensor | None:
+    """`into` with the gradient of the state added by C code, or that alone; None where no C code covers it."""
+    whole, widened = (view, grad) if view.parent else (view.whole, view.widened(grad))
+    module = importlib.import_module(view.generator.native)
+    return module.accumulate(into, widened, state.detach(), whole, _factor(scale, view))
 
 
 def as_stored(grad: Tensor, state: Tensor) -> Tensor:

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from fxrpg import fusing
+from fxrpg.collecting import joined
 from fxrpg.lowering import (
     accumulate_gradient,
+    add_gradient,
+    collects,
     current_mode,
     generate_weight,
     lowering_mode,
@@ -123,7 +126,9 @@ def define_staged_op(dense: DenseOp) -> None:
     LIBRARY.impl(back, staged.backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxrpg::{name}", staged.forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"fxrpg::{back}", staged.backward_fake, lib=LIBRARY)
-    LIBRARY.impl(name, autograd_kernel(staged.op, staged.save, staged.differentiate, staged.plain), "Autograd")
+    LIBRARY.impl(
+        name, autograd_kernel(staged.op, staged.save, staged.differentiate, staged.plain, staged.n + 1), "Autograd"
+    )
     # under torch.func.vmap: plain torch ops, each of which has a batching rule
     LIBRARY.impl(name, staged.plain, "FuncTorchBatched")
     for key in ("AutocastCPU", "AutocastCUDA"):
@@ -207,9 +212,21 @@ class _Staged:
             grads = self._differentiable(grad, (*xs, bias, state, scale, ctx.text, *ctx.config), needed)
         else:
             with lowering_mode(ctx.mode):
-                out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)
-            grads = [g if need else None for g, need in zip(out, needed, strict=True)]
+                if needed[-1] and self._collected(ctx, grad, xs, state, scale):
+                    needed[-1] = False
+                grads = [None] * len(needed)
+                if any(needed):
+                    out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)
+                    grads = [g if need else None for g, need in zip(out, needed, strict=True)]
         return (*grads, None, None, *[None] * len(ctx.config))
+
+    def _collected(self, ctx: Any, grad: Tensor, xs: list[Tensor], state: Tensor, scale: Tensor) -> bool:
+        """Whether the weight's part of the state's gradient went straight into the sum of this backward."""
+        if ctx.collector is None or not collects(grad, state, scale, ctx.text):
+            return False
+        weight_grad = self.dense.weight_grad(grad, xs, View.parse(ctx.text).shape, *ctx.config)
+        ctx.collector.add(lambda into: add_gradient(into, weight_grad, state, scale, ctx.text))
+        return True
 
     def _differentiable(self, grad: Tensor, args: Any, needed: list[bool]) -> list[Tensor | None]:
         """Gradients through plain torch ops on the generated weight: slower, and differentiable again."""
@@ -231,7 +248,11 @@ class _Staged:
 
 
 def autograd_kernel(
-    op: Any, save: Callable[..., None], differentiate: Callable[..., Any], plain: Callable[..., Any]
+    op: Any,
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+    plain: Callable[..., Any],
+    state: int | None = None,
 ) -> Callable[..., Any]:
     """The Autograd kernel of `op`: as `torch.library.register_autograd` makes it, but open to torch.func's transforms.
 
@@ -239,25 +260,33 @@ def autograd_kernel(
         save: (ctx, inputs, output), keeps what backward needs.
         differentiate: (ctx, grad) -> one gradient or None for each input.
         plain: the op written in plain torch, for transforms that cannot enter an autograd.Function here.
+        state: the place of the state among the inputs, two before the view, if the op's backward knows `ctx.collector`.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
+        *args, ctx.collector = args  # type: ignore[assignment]
         with torch._C._AutoDispatchBelowAutograd():
             out = op(*args)
         save(ctx, args, out)  # here and not in a setup_context, for which torch inspects a signature at each call
         return out
 
-    members = {"forward": forward, "backward": differentiate}
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *differentiate(ctx, *grads), None
+
+    members = {"forward": forward, "backward": backward}
     name = f"{op.name().replace('::', '_')}_function"
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
 
     def kernel(*args: Any) -> Any:
         if transforming():
             return plain(*args)
-        if torch.is_grad_enabled():
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+        if state is None or not View.parse(args[state + 2]).generator.collects:
+            return function.apply(*args, None)
+        shared, collector = joined(args[state])
+        return function.apply(*args[:state], shared, *args[state + 1 :], collector)
 
     return kernel
 

@@ -55,7 +55,7 @@ def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Te
     return view.narrowed(weight) if view.parent else weight
 
 
-def accumulate(grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
+def accumulate(into: None, grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
     """The gradient of the scores from that of the scaled weight."""
     given = _given(view.whole.text)
     if given is None or torch.float64 in (grad.dtype, state.dtype):
