@@ -50,7 +50,7 @@ class _Join(torch.autograd.Function):
         return state.detach()  # of the same version: a change in place is noticed, and is no change of a view
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
         found = ctx.collector.take()
         if found is None or grad is None:
             return grad if found is None else found, None

@@ -16,20 +16,11 @@ import torch
 from torch import Tensor
 
 from fxrpg import fusing
-from fxrpg.collecting import joined
-from fxrpg.lowering import (
-    accumulate_gradient,
-    add_gradient,
-    collects,
-    current_mode,
-    generate_weight,
-    lowering_mode,
-    plain_weight,
-    transforming,
-    weight_dtype,
-)
+from fxrpg.lowering import current_mode, lowering_mode
 from fxrpg.recipes import generated_again
+from fxrpg.recording import autograd_kernel
 from fxrpg.view import View
+from fxrpg.weights import accumulate_gradient, add_gradient, collects, generate_weight, plain_weight, weight_dtype
 
 LIBRARY = torch.library.Library("fxrpg", "DEF")
 
@@ -245,50 +236,6 @@ class _Staged:
         cast = [autocast_to(x, target) for x in args[: self.n + 1]]
         with torch.autocast(device, enabled=False):
             return self.op(*cast, *args[self.n + 1 :])
-
-
-def autograd_kernel(
-    op: Any,
-    save: Callable[..., None],
-    differentiate: Callable[..., Any],
-    plain: Callable[..., Any],
-    state: int | None = None,
-) -> Callable[..., Any]:
-    """The Autograd kernel of `op`: as `torch.library.register_autograd` makes it, but open to torch.func's transforms.
-
-    Args:
-        save: (ctx, inputs, output), keeps what backward needs.
-        differentiate: (ctx, grad) -> one gradient or None for each input.
-        plain: the op written in plain torch, for transforms that cannot enter an autograd.Function here.
-        state: the place of the state among the inputs, two before the view, if the op's backward knows `ctx.collector`.
-    """
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        *args, ctx.collector = args  # type: ignore[assignment]
-        with torch._C._AutoDispatchBelowAutograd():
-            out = op(*args)
-        save(ctx, args, out)  # here and not in a setup_context, for which torch inspects a signature at each call
-        return out
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return *differentiate(ctx, *grads), None
-
-    members = {"forward": forward, "backward": backward}
-    name = f"{op.name().replace('::', '_')}_function"
-    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
-
-    def kernel(*args: Any) -> Any:
-        if transforming():
-            return plain(*args)
-        if not torch.is_grad_enabled():
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
-        if state is None or not View.parse(args[state + 2]).generator.collects:
-            return function.apply(*args, None)
-        shared, collector = joined(args[state])
-        return function.apply(*args[:state], shared, *args[state + 1 :], collector)
-
-    return kernel
 
 
 def _compute_dtype(xs: tuple[Tensor, ...], state: Tensor, scale: Tensor) -> torch.dtype:

@@ -11,19 +11,19 @@ import torch.fx.traceback as traceback
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxrpg.lowering import (
+from fxrpg.lowering import current_mode, lowering_mode
+from fxrpg.recording import autograd_kernel
+from fxrpg.staging import LIBRARY
+from fxrpg.view import View
+from fxrpg.weights import (
     accumulate_gradient,
     add_gradient,
     collects,
-    current_mode,
     generate_weight,
-    lowering_mode,
     plain_weight,
     tangent_weight,
     weight_dtype,
 )
-from fxrpg.staging import LIBRARY, autograd_kernel
-from fxrpg.view import View
 
 LIBRARY.define("generate(Tensor state, Tensor scale, str view) -> Tensor")
 LIBRARY.define("accumulate(Tensor grad, Tensor state, Tensor scale, str view) -> Tensor")

@@ -19,7 +19,8 @@ from torch_settings import threads
 import fxrpg
 from fxrpg import native
 from fxrpg.assemble import plan_of
-from fxrpg.lowering import accumulate_gradient, generate_weight, lowering_mode
+from fxrpg.lowering import lowering_mode
+from fxrpg.weights import accumulate_gradient, generate_weight
 
 ROOT = Path(__file__).parents[1]
 HAS_COMPILER = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
@@ -164,9 +165,9 @@ def test_c_code_is_what_runs():
     )
     state = torch.randn(64)
     assert native.wanted(state)
-    assert fxrpg.lowering.native_wanted(view, state)
+    assert fxrpg.weights.native_wanted(view, state)
     with lowering_mode("materialized"):
-        assert not fxrpg.lowering.native_wanted(view, state)
+        assert not fxrpg.weights.native_wanted(view, state)
     assert not native.wanted(state.to("meta"))
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         assert not native.wanted(state)

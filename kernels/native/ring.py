@@ -54,12 +54,13 @@ def accumulate(into: Tensor | None, grad: Tensor, state: Tensor, view: View, fac
     given = _given(view.text)
     if given is None:
         return None
-    once = into is not None and reads_once(view) and not view.generator.sparse
-    out = into if once else torch.empty(view.size, dtype=grad.dtype)
-    _call("ring_gradient", grad.dtype, view, given, factor, grad.contiguous(), out, once)
-    if once:
-        return out
-    out = out.mul_(state != 0) if view.generator.sparse else out
+    sparse = view.generator.sparse
+    if into is not None and reads_once(view) and not sparse:
+        _call("ring_gradient", grad.dtype, view, given, factor, grad.contiguous(), into, True)
+        return into
+    out = torch.empty(view.size, dtype=grad.dtype)
+    _call("ring_gradient", grad.dtype, view, given, factor, grad.contiguous(), out)
+    out = out.mul_(state != 0) if sparse else out
     return out if into is None else into.add_(out)
 
 
