@@ -12,7 +12,6 @@ import torch
 import torch.fx as fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paper_models import convmixer, resnet20
 from torch import Tensor, nn
 
 import fxrpg
@@ -20,6 +19,7 @@ from fxrpg import FxrpgError, Pemn
 from fxrpg.assemble import plan_of, weight_of
 from fxrpg.hashing import PERMUTE, Bijection
 from fxrpg.lowering import scale_of
+from fxrpg.networks import convmixer, resnet20
 from fxrpg.view import View
 
 CPU = torch.device("cpu")

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.fx as fx
-from models import resnet18
-from paper_models import alexnet_cifar, convnet, lenet, resnet20, resnet56
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
@@ -28,6 +26,7 @@ from fxrpg.assemble import plan_of, weight_of
 from fxrpg.basis import LAWS
 from fxrpg.folding import epilogue_of_norm
 from fxrpg.lowering import scale_of
+from fxrpg.networks import alexnet_cifar, convnet, lenet, resnet18, resnet20, resnet56
 from fxrpg.roles import NORMS
 from fxrpg.view import View
 
@@ -370,7 +369,7 @@ STEP = """
 import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import fxrpg
-from paper_models import resnet20
+from fxrpg.networks import resnet20
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = resnet20()

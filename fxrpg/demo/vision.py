@@ -1,0 +1,167 @@
+"""The job of `fxrpg demo --data`: one model, one method, the user's pictures, the recipe of the method's paper."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxrpg.checkpoint import save, write_tensors
+from fxrpg.compact import freeze
+from fxrpg.demo.models import build_network
+from fxrpg.journal import Callback, CsvLog, TensorBoardLog
+from fxrpg.ledger import ledger
+from fxrpg.pictures import Pictures, load_pictures
+from fxrpg.ranks import Ranks, joined
+from fxrpg.schedules import known, parameter_groups, schedule_for
+from fxrpg.steps import Training
+from fxrpg.trainer import Trainer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, on what, and how.
+
+    Args:
+        transform: makes a model one of `method`; None leaves it dense.
+        how: the settings of `transform`, which must be the same when a run is resumed.
+        recipe: a name in `SCHEDULES`; "" is the one for method, data and model.
+        training: fields of `Training`; the recipe's where they are absent.
+        lr: None is the recipe's.
+        again: the command that goes on after an interruption.
+    """
+
+    data: str
+    root: Path
+    out: Path
+    model: str
+    method: str
+    transform: Callable[[nn.Module], nn.Module] | None
+    how: Mapping[str, str]
+    recipe: str = ""
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lr: float | None = None
+    decay_norms: bool = True
+    side: int = 224
+    download: bool = False
+    device: str = ""
+    tensorboard: bool = False
+    resume: bool = False
+    again: str = ""
+
+
+def run(job: Job) -> Trainer:
+    """Train, write the model's file, say what came out.
+
+    Raises:
+        FxrpgError: as the parts do; before anything is written, but for a damaged snapshot.
+        OSError: a file cannot be read or written.
+        KeyboardInterrupt: the run can be resumed; how was said.
+    """
+    with joined(job.device) as ranks, _spoken(ranks):
+        pictures = _pictures(job, ranks)
+        trainer = _trainer(job, pictures, ranks)
+        try:
+            rows = trainer.fit(resume=job.resume)
+        except KeyboardInterrupt:
+            if trainer.snapshot and trainer.snapshot.exists():
+                _tell(ranks, "interrupted after step %d of %d; to go on:\n  %s", trainer.step, trainer.steps, job.again)
+            raise
+        if ranks.writes:
+            _write(job, trainer)
+            best = max(rows, key=lambda row: row.accuracy or 0)
+            accuracies = [100 * (row.accuracy or 0) for row in (rows[-1], best)]
+            _log.info("test accuracy %.2f%%, at best %.2f%% (epoch %d)", *accuracies, best.epoch)
+    return trainer
+
+
+def _trainer(job: Job, pictures: Pictures, ranks: Ranks) -> Trainer:
+    name = job.recipe or schedule_for(job.method, job.data, job.model)
+    schedule = known(name)
+    training = Training(**({"epochs": schedule.epochs, "batch": schedule.batch} | dict(job.training)))
+    lr = schedule.lr if job.lr is None else job.lr
+    model = build_network(job.model, pictures.classes, pictures.side, training.seed)
+    if job.transform is not None:
+        model = job.transform(model)
+    model.to(ranks.device)
+    steps = training.epochs * (len(pictures.train) // training.batch)
+    optimizer, scheduler = schedule.build(parameter_groups(model, decay_norms=job.decay_norms), lr, steps)
+    fixed = {"data": job.data, "model": job.model, "method": job.method, "recipe": name, "lr": lr}
+    logs: list[Callback] = [CsvLog(job.out / "log.csv")]
+    logs += [TensorBoardLog(job.out / "tensorboard")] if job.tensorboard else []
+    trainer = Trainer(
+        model,
+        optimizer,
+        training,
+        pictures.train,
+        pictures.test,
+        scheduler=scheduler,
+        folder=job.out,
+        callbacks=logs,
+        ranks=ranks,
+        settings={**fixed, **job.how, "decay_norms": job.decay_norms, "side": pictures.side},
+    )
+    _tell(ranks, "%s: %d training and %d test pictures, %d classes", job.data, len(pictures.train), len(pictures.test),
+          pictures.classes)  # fmt: skip
+    _tell(ranks, "%s, %s; recipe %s: %d epochs of %d steps, batch %d, lr %g, on %s", job.model, job.method, name,
+          training.epochs, trainer.steps // training.epochs, training.batch, lr, _where(ranks))  # fmt: skip
+    if job.transform is not None:
+        _tell(ranks, "%s", ledger(model))
+    return trainer
+
+
+def _where(ranks: Ranks) -> str:
+    return str(ranks.device) if ranks.world == 1 else f"{ranks.world} processes ({ranks.device.type})"
+
+
+def _pictures(job: Job, ranks: Ranks) -> Pictures:
+    """One process of several downloads, the others find what it fetched."""
+    if job.download and not ranks.writes:
+        ranks.each(0)
+    pictures = load_pictures(job.data, job.root, side=job.side, download=job.download)
+    if job.download and ranks.writes:
+        ranks.each(0)
+    return pictures
+
+
+def _write(job: Job, trainer: Trainer) -> None:
+    """The trained model, masks as bits; beside it the average, if there is one."""
+    models = {"model": trainer.model, "average": trainer.average}
+    for name, model in models.items():
+        if model is None:
+            continue
+        path = job.out / f"{name}.safetensors"
+        if job.transform is None:
+            write_tensors(path, model.state_dict(), {"format": "pt"})
+        else:
+            save(freeze(model) if job.method == "pemn" else model, path)
+        _log.info("wrote %s, %s bytes", path, f"{path.stat().st_size:,}")
+
+
+def _tell(ranks: Ranks, text: str, *values: Any) -> None:
+    if ranks.writes:
+        _log.info(text, *values)
+
+
+@contextlib.contextmanager
+def _spoken(ranks: Ranks) -> Iterator[None]:
+    """Have the package's log on stdout, of rank 0."""
+    log = logging.getLogger("fxrpg")
+    handler, level = logging.StreamHandler(sys.stdout), log.level
+    if ranks.writes:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
