@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--epochs", type=int, help="passes over the training images (default: 20; --data: the recipe's)"
     )
     command.add_argument("--seeds", type=int, help="runs of each size on digits (default: 3)")
-    flags.add_flags(command, _add_transform)
+    flags.add_flags(command, lambda group: _add_transform(group, "ring, pranc, pemn or dense"))
 
     example = "fxrpg explain torchvision.models:resnet18 --dof 0.1"
     command = _command(commands, "explain", _explain, "what would be generated, and how", example)
@@ -149,9 +149,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="package.module:callable that builds the model without arguments")
 
 
-def _add_transform(command: argparse._ActionsContainer) -> None:
+def _add_transform(command: argparse._ActionsContainer, methods: str = "ring, pranc or pemn") -> None:
     command.add_argument("--dof", type=_number, help="degrees of freedom: a whole number, or a fraction such as 0.1")
-    command.add_argument("--method", default="ring", help="ring, pranc or pemn (default: %(default)s)")
+    command.add_argument("--method", default="ring", help=f"{methods} (default: %(default)s)")
     command.add_argument(
         "--set",
         action="append",

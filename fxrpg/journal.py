@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fxrpg.atomic import replacing
 from fxrpg.errors import FxrpgError
@@ -27,8 +27,8 @@ class Row:
     seconds: float
 
 
-class Callback(Protocol):
-    """What a trainer calls, in the process of rank 0."""
+class Callback:
+    """What a trainer calls, in the process of rank 0. Override what you need."""
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Training begins, or goes on after the epochs `rows`: what is recorded beyond them will come again."""
@@ -40,7 +40,7 @@ class Callback(Protocol):
         """Training has ended or was interrupted."""
 
 
-class CsvLog:
+class CsvLog(Callback):
     """One line an epoch in the CSV file at `path`. After an interruption the file goes on as if there had been none."""
 
     def __init__(self, path: Path) -> None:
@@ -56,11 +56,8 @@ class CsvLog:
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerow(dataclasses.astuple(row))
 
-    def end(self) -> None:
-        pass
 
-
-class TensorBoardLog:
+class TensorBoardLog(Callback):
     """Curves in `folder` for `tensorboard --logdir`. After an interruption they go on where the snapshot was.
 
     Raises:

@@ -123,7 +123,7 @@ def _cifar(data: str, root: Path, download: bool) -> Pictures:
         except RuntimeError as e:
             must = f"must hold {cls.base_folder} with its files"
             fix = "Pass the folder that it lies in, or --download."
-            raise FxrpgError(f"--root {root}", must, str(e).partition(" You can")[0], fix) from None
+            raise FxrpgError(f"--root {root}", must, str(e).partition(". You can")[0], fix) from None
         pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         parts.append(PictureTensor(pixels, torch.tensor(found.targets), mean, std, changed=train))
     train_part, test_part = parts

@@ -100,7 +100,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # the latter where torch was built without CUDA
-        found = f"{name!r} ({str(e).splitlines()[0]})"
-        raise FxrpgError("--device", "must be a device of torch that is there", found, "Pass cpu or cuda.") from None
+    except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
+        fix = "Pass cpu, or nothing."
+        raise FxrpgError("--device", "must be a device of torch that is there", repr(name), fix) from None
     return device

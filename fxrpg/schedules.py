@@ -45,6 +45,7 @@ class Schedule:
 
     def build(self, groups: list[dict[str, Any]], lr: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """The optimizer of parameter groups, and its scheduler, which is to be stepped once a step."""
+        steps = max(steps, 1)
         optimizer: torch.optim.Optimizer
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=self.weight_decay)

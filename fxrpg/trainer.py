@@ -123,6 +123,9 @@ class Trainer:
         with asked_to_stop(patient=self.ranks.world > 1) as asked, torch.random.fork_rng(devices):
             for callback in self.callbacks:
                 callback.begin(self.rows)
+            if resume:
+                found = "" if self.step else ", because there is no snapshot"
+                self._tell("going on after step %d of %d%s", self.step, self.steps, found)
             try:
                 self._run(asked)
             finally:
@@ -213,10 +216,6 @@ class Trainer:
         if len(set(steps)) > 1:
             fix = "Put it into a folder that all of them share."
             raise FxrpgError(str(path), "must be the same for all processes", f"the steps {steps}", fix)
-        if resume and self.step:
-            self._tell("going on after step %d of %d", self.step, self.steps)
-        elif resume:
-            self._tell("no snapshot in %s: beginning", path.parent)
 
     def _load_snapshot(self, path: Path) -> None:
         found = snapshots.read(path)

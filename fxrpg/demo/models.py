@@ -43,7 +43,7 @@ def _from_torchvision(name: str, classes: int) -> nn.Module:
                 return models.get_model(name, weights=None, num_classes=classes)
     except (ImportError, RuntimeError):  # the latter where it does not fit the torch that is installed
         pass
-    near = difflib.get_close_matches(name, names, 3)
+    near = difflib.get_close_matches(name, dict.fromkeys(names), 3)
     must = f"must be one of {', '.join(NETWORKS)}{missing}, or package.module:callable"
     fix = f"Did you mean {' or '.join(near)}?" if near else "Pass one of them."
     raise FxrpgError("--model", must, repr(name), fix)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from fxrpg.checkpoint import save, write_tensors
 from fxrpg.compact import freeze
 from fxrpg.demo.models import build_network
-from fxrpg.journal import Callback, CsvLog, TensorBoardLog
+from fxrpg.journal import Callback, CsvLog, Row, TensorBoardLog
 from fxrpg.ledger import ledger
 from fxrpg.pictures import Pictures, load_pictures
 from fxrpg.ranks import Ranks, joined
@@ -80,7 +80,8 @@ def run(job: Job) -> Trainer:
             _write(job, trainer)
             best = max(rows, key=lambda row: row.accuracy or 0)
             accuracies = [100 * (row.accuracy or 0) for row in (rows[-1], best)]
-            _log.info("test accuracy %.2f%%, at best %.2f%% (epoch %d)", *accuracies, best.epoch)
+            of = "" if trainer.average is None else " of the average"
+            _log.info("test accuracy%s %.2f%%, at best %.2f%% (epoch %d)", of, *accuracies, best.epoch)
     return trainer
 
 
@@ -96,9 +97,12 @@ def _trainer(job: Job, pictures: Pictures, ranks: Ranks) -> Trainer:
     steps = training.epochs * (len(pictures.train) // training.batch)
     optimizer, scheduler = schedule.build(parameter_groups(model, decay_norms=job.decay_norms), lr, steps)
     fixed = {"data": job.data, "model": job.model, "method": job.method, "recipe": name, "lr": lr}
-    logs: list[Callback] = [CsvLog(job.out / "log.csv")]
+    told = f"{job.data}: {len(pictures.train)} training and {len(pictures.test)} test pictures, {pictures.classes} classes\n"
+    told += f"{job.model}, {job.method}; recipe {name}, batch {training.batch}, lr {lr:g}, on {_where(ranks)}"
+    told += "" if job.transform is None else f"\n{ledger(model)}"
+    logs: list[Callback] = [_Opening(told), CsvLog(job.out / "log.csv")]
     logs += [TensorBoardLog(job.out / "tensorboard")] if job.tensorboard else []
-    trainer = Trainer(
+    return Trainer(
         model,
         optimizer,
         training,
@@ -110,13 +114,16 @@ def _trainer(job: Job, pictures: Pictures, ranks: Ranks) -> Trainer:
         ranks=ranks,
         settings={**fixed, **job.how, "decay_norms": job.decay_norms, "side": pictures.side},
     )
-    _tell(ranks, "%s: %d training and %d test pictures, %d classes", job.data, len(pictures.train), len(pictures.test),
-          pictures.classes)  # fmt: skip
-    _tell(ranks, "%s, %s; recipe %s: %d epochs of %d steps, batch %d, lr %g, on %s", job.model, job.method, name,
-          training.epochs, trainer.steps // training.epochs, training.batch, lr, _where(ranks))  # fmt: skip
-    if job.transform is not None:
-        _tell(ranks, "%s", ledger(model))
-    return trainer
+
+
+class _Opening(Callback):
+    """Says what is about to be trained, once nothing stands in its way."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        _log.info("%s", self.text)
 
 
 def _where(ranks: Ranks) -> str:
