@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxrpg
-from fxrpg import building, checkpoint
+from fxrpg import building, checkpoint, cli
 from fxrpg.cli import main
 from fxrpg.demo import digits
 

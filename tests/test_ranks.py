@@ -138,11 +138,13 @@ def test_incomplete_variables(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(
-        FxrpgError, match="must come with RANK, LOCAL_RANK.*found 'RANK'. Start the processes with torchrun"
+    with (
+        pytest.raises(
+            FxrpgError, match="must come with RANK, LOCAL_RANK.*found 'RANK'. Start the processes with torchrun"
+        ),
+        joined("cpu"),
     ):
-        with joined("cpu"):
-            pass
+        pass
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(FxrpgError, match="MASTER_ADDR"), joined("cpu"):
