@@ -99,8 +99,10 @@ def joined(device: str = "") -> Iterator[Ranks]:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
         fix = "Pass cpu, or nothing."
-        raise FxrpgError("--device", "must be a device of torch that is there", repr(name), fix) from None
+        raise FxrpgError("--device", "must be cpu or cuda, and there", repr(name), fix) from None
     return device

@@ -44,7 +44,13 @@ class Schedule:
         return t / 2 if t < 2 else 1 - 0.95 * (t - 2) / 2 if t < 4 else 0.05 * (5 - t)
 
     def build(self, groups: list[dict[str, Any]], lr: float, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """The optimizer of parameter groups, and its scheduler, which is to be stepped once a step."""
+        """The optimizer of parameter groups, and its scheduler, which is to be stepped once a step.
+
+        Raises:
+            FxrpgError: `lr` is no number above 0.
+        """
+        if not 0 < lr < math.inf:
+            raise FxrpgError("lr", "must be a number above 0", repr(lr), "Pass such as 0.1.")
         steps = max(steps, 1)
         optimizer: torch.optim.Optimizer
         if self.optimizer == "sgd":

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fxrpg.batches import MODEL
 from fxrpg.errors import FxrpgError
 from fxrpg.hashing import derive_key
+from fxrpg.plan import checked_seed
 from fxrpg.ranks import Ranks
 
 AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,6 +55,7 @@ class Training:
         for name in ("epochs", "batch", "accumulate", "snapshot_every", "log_every"):
             if getattr(self, name) < 1:
                 raise FxrpgError(name.replace("_", "-"), "must be 1 or more", repr(getattr(self, name)), "Pass more.")
+        checked_seed(self.seed)
         if self.workers < 0:
             raise FxrpgError("workers", "must be 0 or more", repr(self.workers), "Pass 0 to load data in this process.")
         if self.amp not in AMP:

@@ -169,6 +169,22 @@ def test_any_data_set_of_torch():
     assert small_run(examples=examples, test=examples, epochs=1).fit()[0].accuracy is not None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["", "bf16", "fp16"])
+def test_trains_on_a_gpu_and_goes_on(amp, tmp_path):
+    def on_gpu(**changes):
+        return small_run(tmp_path, model=network().cuda(), amp=amp, workers=1, **changes)
+
+    examples = stop_at(Noisy(), 8 * 8 + 3, lambda: os.kill(os.getppid(), signal.SIGINT))  # read by a worker
+    with pytest.raises(KeyboardInterrupt):
+        on_gpu(examples=examples).fit()
+    trainer = on_gpu()
+    rows = trainer.fit(resume=True)
+    assert trainer.step == STEPS
+    assert trainer.model.fxrpg_ring.is_cuda
+    assert all(torch.isfinite(torch.tensor([row.loss, row.test_loss])).all() for row in rows)
+
+
 # The order of the data.
 
 

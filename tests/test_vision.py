@@ -179,7 +179,11 @@ def test_a_model_of_the_users_own(folder, capsys):
         ((*RING, "--recipe", "sgd"), "--recipe: must be one of rpg-cifar"),
         ((*RING, "--model", "resnet21"), "Did you mean resnet2"),
         ((*RING, "--model", "nothing:there"), "must be importable"),
-        ((*RING, "--device", "banana"), "--device: must be a device of torch"),
+        ((*RING, "--device", "banana"), "--device: must be cpu or cuda, and there, found 'banana'"),
+        ((*RING, "--device", "meta"), "--device: must be cpu or cuda"),
+        ((*RING, "--lr", "nan"), "lr: must be a number above 0"),
+        ((*DEMO, "--method", "dense", "--seed", "-1"), "seed"),
+        ((*DEMO, "--method", "dense", "--seed", str(1 << 64)), "seed"),
         ((*RING, "--ema", "2"), "ema: must lie between 0 and 1"),
     ],
 )
