@@ -23,6 +23,7 @@ class Schedule:
         lr: the highest learning rate.
         shape: "drops" multiplies the rate by `gamma` after each of the epochs `drops`; "cosine" falls to 0; "triangular" rises
             over the first 2/5, falls to 1/20 until 4/5, then to 0.
+        active: how many coefficients of a PRANC basis move in an epoch, others in the next; None moves all.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"]
@@ -33,6 +34,7 @@ class Schedule:
     drops: tuple[int, ...] = ()
     gamma: float = 0.1
     weight_decay: float = 0.0
+    active: int | None = None
 
     def factor(self, step: int, steps: int) -> float:
         """What the learning rate of step number `step` (from 0) of `steps` is multiplied by."""
@@ -69,7 +71,7 @@ SCHEDULES = {
     "rpg-imagenet": Schedule(
         optimizer="sgd", lr=0.3, epochs=225, batch=256, shape="drops", drops=(75, 150), weight_decay=3e-5
     ),
-    "pranc": Schedule(optimizer="adam", lr=1e-3, epochs=2000, batch=256, shape="drops", drops=(1600,)),
+    "pranc": Schedule(optimizer="adam", lr=1e-3, epochs=2000, batch=256, shape="drops", drops=(1600,), active=500),
     "pranc-code": Schedule(
         optimizer="adam", lr=1e-3, epochs=400, batch=256, shape="drops", drops=tuple(range(50, 400, 50)), gamma=0.5
     ),
@@ -80,7 +82,7 @@ SCHEDULES = {
     "pemn-resnet": Schedule(optimizer="sgd", lr=0.1, epochs=100, batch=256, shape="cosine", weight_decay=5e-4),
 }
 """RPG: arXiv:2107.07110v1, section 5.1 (CIFAR) and 5.2 (ImageNet); it names no number of epochs: 200 is the custom with these
-drops, 225 three times its 75. PRANC: "Implementation details" of section 4, all coefficients at once; "pranc-code" and the
+drops, 225 three times its 75. PRANC: "Implementation details" of section 4; "pranc-code", which moves all coefficients, and the
 batch of 256 are those of the configurations in the released code. PEMN: supplement, section A; the triangle is that of the
 released code. Momentum 0.9 is named in PEMN's supplement, and RPG's code has it."""
 

@@ -18,6 +18,7 @@ from fxrpg.errors import FxrpgError
 from fxrpg.hashing import derive_key
 from fxrpg.plan import checked_seed
 from fxrpg.ranks import Ranks
+from fxrpg.training import PrancTrainer
 
 AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,12 +81,17 @@ class Stepper:
         loss: Callable[[Tensor, Tensor], Tensor],
         training: Training,
         ranks: Ranks,
+        descent: PrancTrainer | None = None,
     ) -> None:
         if isinstance(scheduler, ReduceLROnPlateau):
             fix = "Take another, such as CosineAnnealingLR."
             raise FxrpgError("scheduler", "must need no loss to step", "ReduceLROnPlateau", fix)
         self.model, self.optimizer, self.scheduler, self.loss = model, optimizer, scheduler, loss
-        self.training, self.ranks = training, ranks
+        self.training, self.ranks, self.descent = training, ranks, descent
+        if descent is not None and (descent.optimizer is not optimizer or training.amp == "fp16"):
+            found = "fp16" if descent.optimizer is optimizer else "another optimizer"
+            fix = "Pass the same optimizer to both, and amp='bf16' or none."
+            raise FxrpgError("descent", "steps the trainer's optimizer, with unscaled gradients", found, fix)
         self.loss_sum = torch.zeros((), device=ranks.device)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema)) if training.ema else None
         self._whole: nn.Module = ranks.wrapped(model)
@@ -114,14 +120,22 @@ class Stepper:
             self._scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.training.clip)
+        if self._advance(step) and self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def _advance(self, step: int) -> bool:
+        """Step the optimizer on the gradients; False if it was left out, for infinite ones of fp16."""
+        if self.descent is not None:
+            self.descent.steps = step
+            self.descent.advance()
+            return True
         scale = self._scaler.get_scale()
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        self.optimizer.zero_grad()
-        if self.scheduler is not None and self._scaler.get_scale() >= scale:  # below it, the step was left out
-            self.scheduler.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        return self._scaler.get_scale() >= scale
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:

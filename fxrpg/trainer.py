@@ -27,6 +27,7 @@ from fxrpg.journal import Callback, Row
 from fxrpg.ranks import Ranks
 from fxrpg.steps import Stepper, Training
 from fxrpg.stopping import asked_to_stop
+from fxrpg.training import PrancTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Trainer:
         examples: any map-style dataset of pairs (input, label). What is random in it must come from torch's CPU generator.
         test: those to evaluate on after each epoch; None evaluates nothing.
         scheduler: a scheduler of torch, which is stepped once a step of the optimizer.
+        descent: PRANC's coordinate descent with that optimizer, for a model of which some coefficients move at a time.
         loss: from logits in float32 and labels to the mean over them.
         folder: where the snapshot goes; None makes none.
         callbacks: told of every epoch, in the process of rank 0.
@@ -62,6 +64,7 @@ class Trainer:
         test: Examples | None = None,
         *,
         scheduler: LRScheduler | None = None,
+        descent: PrancTrainer | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         folder: Path | None = None,
         callbacks: Sequence[Callback] = (),
@@ -84,7 +87,7 @@ class Trainer:
             accumulate=training.accumulate,
             **shared,
         )
-        self._stepper = Stepper(model, optimizer, scheduler, loss, training, self.ranks)
+        self._stepper = Stepper(model, optimizer, scheduler, loss, training, self.ranks, descent)
         each = training.batch // self.ranks.world
         self._tests: Any = None
         if test is not None:

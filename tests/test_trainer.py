@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fxrpg
-from fxrpg import FxrpgError, snapshots
+from fxrpg import FxrpgError, PrancTrainer, snapshots
 from fxrpg.batches import MODEL, PICTURES, Order, in_order
 from fxrpg.hashing import derive_key
 from fxrpg.journal import Callback, CsvLog, TensorBoardLog
@@ -125,6 +125,28 @@ def test_the_average_is_what_is_tested():
     assert kept[0].accuracy == (logits.argmax(1) == Noisy(10).labels).double().mean().item()
     assert int(trainer.average.fxrpg_digest.sum()) == int(trainer.model.fxrpg_digest.sum())
     fxrpg.materialize(trainer.average)
+
+
+def test_coordinate_descent_moves_some_coefficients_an_epoch_and_resumes(tmp_path):
+    def run(folder, examples=None):
+        torch.manual_seed(0)
+        model = fxrpg.transform(nn.Sequential(nn.Flatten(), nn.Linear(108, 4)), dof=20, method="pranc")
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        descent = PrancTrainer(model, optimizer, active=5, period=6, seed=3)
+        training = Training(epochs=2, batch=8, snapshot_every=1)
+        return Trainer(model, optimizer, training, examples or Noisy(), folder=tmp_path / folder, descent=descent)
+
+    whole = run("a")
+    first, second = whole._stepper.descent.active("fxrpg_alpha"), None
+    start = whole.model.fxrpg_alpha.detach().clone()
+    whole.fit()
+    whole._stepper.descent.steps = 6
+    second = whole._stepper.descent.active("fxrpg_alpha")
+    assert torch.equal(whole.model.fxrpg_alpha != start, first | second)
+    with pytest.raises(KeyboardInterrupt):
+        run("b", stop_at(Noisy(), 8 * 8 + 3, lambda: os.kill(os.getpid(), signal.SIGINT))).fit()
+    run("b").fit(resume=True)
+    assert differences(*(snapshots.read(tmp_path / name / NAME) for name in "ab")) == []
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

@@ -113,6 +113,16 @@ def test_what_the_flags_mean(folder, capsys, monkeypatch):
     assert (folder / "fxrpg-demo" / "average.safetensors").exists()
 
 
+@pytest.mark.parametrize(("flags", "moved"), [(("--active", 5), 10), ((), 20), (("--active", 0), 20)])
+def test_coordinate_descent_of_pranc(flags, moved, folder, capsys):
+    """Each epoch moves other coefficients; the recipe's 500 are more than there are here."""
+    out = run(capsys, *DEMO, "--method", "pranc", "--dof", 20, *flags)
+    assert ("5 coefficients an epoch" in out) == (moved == 10)
+    alpha = torch.load("fxrpg-demo/snapshot.pt", weights_only=True)["model"]["fxrpg_alpha"]
+    start = fxrpg.transform(lenet(), dof=20, method="pranc").fxrpg_alpha
+    assert int((alpha != start).sum()) in ({moved} if moved == 20 else range(6, 11))  # choices of two epochs may overlap
+
+
 def test_interrupted_and_resumed_as_it_says(folder, capsys, monkeypatch):
     def pictures(*args, **kwargs):
         found = few_pictures()
@@ -184,6 +194,13 @@ def test_a_model_of_the_users_own(folder, capsys):
         ((*RING, "--lr", "nan"), "lr: must be a number above 0"),
         ((*DEMO, "--method", "dense", "--seed", "-1"), "seed"),
         ((*DEMO, "--method", "dense", "--seed", str(1 << 64)), "seed"),
+        ((*RING, "--active", "5"), "--active: is for pranc"),
+        ((*DEMO, "--method", "pranc", "--dof", "20", "--active", "21"), "active: must be an int in [1, 20]"),
+        ((*DEMO, "--method", "pranc", "--dof", "20", "--active", "-1"), "active: must be an int in [1, 20]"),
+        (
+            (*DEMO, "--method", "pranc", "--dof", "20", "--active", "5", "--amp", "fp16"),
+            "unscaled gradients, found fp16",
+        ),
         ((*RING, "--ema", "2"), "ema: must lie between 0 and 1"),
     ],
 )

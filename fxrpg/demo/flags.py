@@ -45,6 +45,9 @@ def add_flags(command: argparse.ArgumentParser, add_transform: Callable[[Any], N
     train.add_argument("--recipe", default="", help=f"{recipes} (default: by method, data and model)")
     train.add_argument("--batch", type=int, help="pictures a step, over all processes (default: the recipe's)")
     train.add_argument("--lr", type=float, help="highest learning rate (default: the recipe's)")
+    train.add_argument(
+        "--active", type=int, help="coefficients of PRANC that move in an epoch, 0 for all (default: the recipe's)"
+    )
     train.add_argument("--no-norm-decay", action="store_true", help="no weight decay for norms and biases")
     train.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after the other")
     train.add_argument("--clip", type=float, help="largest norm of the gradient")
@@ -99,6 +102,7 @@ def job_of(arguments: argparse.Namespace, transform: Callable[[nn.Module], nn.Mo
         recipe=arguments.recipe,
         training=options,
         lr=arguments.lr,
+        active=arguments.active,
         decay_norms=not arguments.no_norm_decay,
         side=arguments.side,
         download=arguments.download,

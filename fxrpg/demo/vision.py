@@ -16,13 +16,15 @@ from torch import nn
 from fxrpg.checkpoint import save, write_tensors
 from fxrpg.compact import freeze
 from fxrpg.demo.models import build_network
+from fxrpg.errors import FxrpgError
 from fxrpg.journal import Callback, CsvLog, Row, TensorBoardLog
 from fxrpg.ledger import ledger
 from fxrpg.pictures import Pictures, load_pictures
 from fxrpg.ranks import Ranks, joined
-from fxrpg.schedules import known, parameter_groups, schedule_for
+from fxrpg.schedules import Schedule, known, parameter_groups, schedule_for
 from fxrpg.steps import Training
 from fxrpg.trainer import Trainer
+from fxrpg.training import PrancTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Job:
         recipe: a name in `SCHEDULES`; "" is the one for method, data and model.
         training: fields of `Training`; the recipe's where they are absent.
         lr: None is the recipe's.
+        active: coefficients of PRANC that move in an epoch; 0 is all of them, None what the recipe says, or all if fewer.
         again: the command that goes on after an interruption.
     """
 
@@ -50,6 +53,7 @@ class Job:
     recipe: str = ""
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lr: float | None = None
+    active: int | None = None
     decay_norms: bool = True
     side: int = 224
     download: bool = False
@@ -94,11 +98,17 @@ def _trainer(job: Job, pictures: Pictures, ranks: Ranks) -> Trainer:
     if job.transform is not None:
         model = job.transform(model)
     model.to(ranks.device)
-    steps = training.epochs * (len(pictures.train) // training.batch)
-    optimizer, scheduler = schedule.build(parameter_groups(model, decay_norms=job.decay_norms), lr, steps)
-    fixed = {"data": job.data, "model": job.model, "method": job.method, "recipe": name, "lr": lr}
+    steps = len(pictures.train) // training.batch
+    groups = parameter_groups(model, decay_norms=job.decay_norms)
+    optimizer, scheduler = schedule.build(groups, lr, training.epochs * steps)
+    active = _active(job, schedule, model)
+    descent = None
+    if active is not None:
+        descent = PrancTrainer(model, optimizer, active=active, period=max(steps, 1), seed=training.seed)
+    fixed = {"data": job.data, "model": job.model, "method": job.method, "recipe": name, "lr": lr, "active": active}
     told = f"{job.data}: {len(pictures.train)} training and {len(pictures.test)} test pictures, {pictures.classes} classes\n"
     told += f"{job.model}, {job.method}; recipe {name}, batch {training.batch}, lr {lr:g}, on {_where(ranks)}"
+    told += "" if active is None else f", {active} coefficients an epoch"
     told += "" if job.transform is None else f"\n{ledger(model)}"
     logs: list[Callback] = [_Opening(told), CsvLog(job.out / "log.csv")]
     logs += [TensorBoardLog(job.out / "tensorboard")] if job.tensorboard else []
@@ -109,11 +119,22 @@ def _trainer(job: Job, pictures: Pictures, ranks: Ranks) -> Trainer:
         pictures.train,
         pictures.test,
         scheduler=scheduler,
+        descent=descent,
         folder=job.out,
         callbacks=logs,
         ranks=ranks,
         settings={**fixed, **job.how, "decay_norms": job.decay_norms, "side": pictures.side},
     )
+
+
+def _active(job: Job, schedule: Schedule, model: nn.Module) -> int | None:
+    """How many coefficients move at a time, if not all."""
+    if job.active is not None and job.method != "pranc":
+        raise FxrpgError("--active", "is for pranc", f"--method {job.method}", "Leave it out.")
+    if job.method != "pranc":
+        return None
+    count = schedule.active if job.active is None else job.active
+    return count if job.active or (count and count < ledger(model).dof) else None
 
 
 class _Opening(Callback):
