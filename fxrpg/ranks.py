@@ -76,15 +76,12 @@ def joined(device: str = "") -> Iterator[Ranks]:
     Raises:
         FxrpgError: no such device; the variables that torchrun sets are incomplete.
     """
-    chosen = _device(device)
     if not started_together():
-        yield Ranks(device=chosen)
+        yield Ranks(device=_device(device))
         return
     try:
         rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-        if chosen.type == "cuda":
-            chosen = torch.device("cuda", local)
-            torch.cuda.set_device(chosen)
+        chosen = _device(device, local)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     except (KeyError, ValueError) as e:
         must, fix = "must come with RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT", "Start the processes with torchrun."
@@ -96,13 +93,18 @@ def joined(device: str = "") -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, local: int | None = None) -> torch.device:
+    """The device of that name, of several processes on one machine the GPU number `local`."""
+    found = repr(name) if local is None else f"{name!r} for local rank {local}"
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError
+        if device.type == "cuda" and local is not None:
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
-        fix = "Pass cpu, or nothing."
-        raise FxrpgError("--device", "must be cpu or cuda, and there", repr(name), fix) from None
+        fix = "Pass cpu, or nothing; start no more processes than there are GPUs."
+        raise FxrpgError("--device", "must be cpu or cuda, and there", found, fix) from None
     return device

@@ -120,7 +120,9 @@ def test_coordinate_descent_of_pranc(flags, moved, folder, capsys):
     assert ("5 coefficients an epoch" in out) == (moved == 10)
     alpha = torch.load("fxrpg-demo/snapshot.pt", weights_only=True)["model"]["fxrpg_alpha"]
     start = fxrpg.transform(lenet(), dof=20, method="pranc").fxrpg_alpha
-    assert int((alpha != start).sum()) in ({moved} if moved == 20 else range(6, 11))  # choices of two epochs may overlap
+    assert int((alpha != start).sum()) in (
+        {moved} if moved == 20 else range(6, 11)
+    )  # choices of two epochs may overlap
 
 
 def test_interrupted_and_resumed_as_it_says(folder, capsys, monkeypatch):
