@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,9 +14,7 @@ from tabulate import tabulate
 from torch import nn
 
 import fxrpg
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from models import resnet18
+from fxrpg.networks import resnet18
 
 
 def median_seconds(run: Callable[[], object]) -> float:

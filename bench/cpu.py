@@ -132,8 +132,8 @@ def _status(field: str) -> int:
 def first_calls(threads: int) -> list[Row]:
     """Seconds until a first forward is through, less those of a second: nothing built yet, built before, and plain torch."""
     code = (
-        "import sys, time, torch; sys.path[:0] = sys.argv[1:3]; torch.set_num_threads(int(sys.argv[3]))\n"
-        "import fxrpg; from models import resnet18\n"
+        "import sys, time, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(int(sys.argv[2]))\n"
+        "import fxrpg; from fxrpg.networks import resnet18\n"
         "small, x = fxrpg.transform(resnet18(), dof=2_359_296).eval(), torch.randn(1, 3, 224, 224)\n"
         "times = []\n"
         "with torch.no_grad():\n"
@@ -145,7 +145,7 @@ def first_calls(threads: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         for name, native_wanted in (("nothing built", "1"), ("built before", "1"), ("plain torch", "0")):
             environment = os.environ | {"FXRPG_CACHE": cache, "FXRPG_NATIVE": native_wanted}
-            command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(threads)]
+            command = [sys.executable, "-c", code, str(ROOT), str(threads)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
             milliseconds = f"{1e3 * float(done.stdout.splitlines()[-1]):.4g}"
             rows.append({"case": FIRST_CALL, "contestant": name, "milliseconds": milliseconds, "rounds": 1})

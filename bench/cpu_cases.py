@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +14,9 @@ from torch import Tensor, nn
 import fxrpg
 from bench.measure import Call
 from fxrpg.assemble import plan_of
+from fxrpg.networks import convmixer, resnet18, resnet20
 from fxrpg.view import View
 from fxrpg.weights import decode_scales
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from models import resnet18
-from paper_models import convmixer, resnet20
 
 RING = 2_359_296
 """Cells of the ResNet-18's ring: a fifth of its 11,157,504 generated weights."""

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from fxrpg import demo
-from fxrpg.demo import Block
+from fxrpg.demo import digits as handwritten
+from fxrpg.demo.digits import Block
 
 SPLIT = slice(1000), slice(1000, None)
 """Which of the 1,797 digits, in the fixed order, make training images, and which test images."""
@@ -89,7 +89,7 @@ def _task(name: str, parts: Sequence[tuple[Tensor, Tensor]], **rest: Any) -> Tas
 
 def _digits() -> tuple[Tensor, Tensor]:
     """Ink, float32 [1797, 1, 8, 8] from 0 to 1, and digits, int64 [1797]; always in one order."""
-    images, labels = demo.digits()
+    images, labels = handwritten.digits()
     return (images + 1) / 2, labels
 
 

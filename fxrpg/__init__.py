@@ -1,6 +1,7 @@
 """fxrpg: models whose weights are generated from a few free numbers."""
 
 import importlib
+import logging
 import pkgutil
 
 for _folder in ("generators", "kernels"):  # each file registers itself: a method, a layer
@@ -28,6 +29,7 @@ from fxrpg.training import PrancTrainer  # noqa: E402
 from fxrpg.version import __version__  # noqa: E402
 
 _announce()
+logging.getLogger("fxrpg").addHandler(logging.NullHandler())
 
 __all__ = [
     "FxrpgError",

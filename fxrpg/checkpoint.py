@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import secrets
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of, states_in
+from fxrpg.atomic import replacing
 from fxrpg.channels import narrow_modules
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
@@ -56,25 +54,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, withhold_seed: bool 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically. Raises as `save` does."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise FxrpgError(str(path), "must be a file, or a new name", "a folder or a device", "Choose another path.")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
-        with open(temporary, "xb") as file:
-            mode = os.stat(file.fileno()).st_mode  # what the user's umask leaves; safetensors would make it private
-        save_file(_separate(tensors), temporary, metadata)
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from None  # the caller does not know the temporary name
+        with replacing(path) as temporary:
+            save_file(_separate(tensors), temporary, metadata)
     except SafetensorError as e:
         raise OSError(f"{path}: {e}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def file_size(model: nn.Module) -> int:

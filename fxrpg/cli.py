@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 from tabulate import tabulate
 from torch import nn
 
-from fxrpg import checkpoint, demo, header
+from fxrpg import checkpoint, header
 from fxrpg.api import transform
+from fxrpg.building import build
 from fxrpg.compact import freeze
+from fxrpg.demo import digits, flags, vision
 from fxrpg.errors import FxrpgError
 from fxrpg.explain import explain
 from fxrpg.fit import fit
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot write
     arguments = _parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     code = 0
     try:
         code = arguments.run(arguments)
@@ -74,14 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fxrpg {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = _command(commands, "demo", _demo, "train ring models on handwritten digits", "fxrpg demo --out results")
+    example = "fxrpg demo --data cifar10 --root data --model resnet20 --method pranc --dof 10000"
+    command = _command(commands, "demo", _demo, "train on handwritten digits, or on your own pictures", example)
     command.add_argument(
         "--out", type=Path, default=Path("fxrpg-demo"), help="folder for files and plot (default: %(default)s)"
     )
     command.add_argument(
-        "--epochs", type=int, default=demo.Demo.epochs, help="passes over the training images (default: %(default)s)"
+        "--epochs", type=int, help="passes over the training images (default: 20; --data: the recipe's)"
     )
-    command.add_argument("--seeds", type=int, default=demo.Demo.seeds, help="runs of each size (default: %(default)s)")
+    command.add_argument("--seeds", type=int, help="runs of each size on digits (default: 3)")
+    flags.add_flags(command, lambda group: _add_transform(group, "ring, pranc, pemn or dense"))
 
     example = "fxrpg explain torchvision.models:resnet18 --dof 0.1"
     command = _command(commands, "explain", _explain, "what would be generated, and how", example)
@@ -144,9 +149,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="package.module:callable that builds the model without arguments")
 
 
-def _add_transform(command: argparse.ArgumentParser) -> None:
+def _add_transform(command: argparse._ActionsContainer, methods: str = "ring, pranc or pemn") -> None:
     command.add_argument("--dof", type=_number, help="degrees of freedom: a whole number, or a fraction such as 0.1")
-    command.add_argument("--method", default="ring", help="ring, pranc or pemn (default: %(default)s)")
+    command.add_argument("--method", default="ring", help=f"{methods} (default: %(default)s)")
     command.add_argument(
         "--set",
         action="append",
@@ -199,33 +204,6 @@ def _rule(text: str) -> tuple[str, str, int | float | None]:
     return pattern, action, _number(dof) if separator else None
 
 
-def build(spec: str, device: str = "cpu") -> nn.Module:
-    """The model that `package.module:callable` builds; modules in the current folder are found too.
-
-    Raises:
-        FxrpgError: the module or the callable does not exist, fails, or builds something else.
-    """
-    where, fix = f"model {spec!r}", "Write package.module:callable, such as torchvision.models:resnet18."
-    module_name, separator, attribute = spec.partition(":")
-    if not separator or not module_name or not attribute:
-        raise FxrpgError(where, "must name a module and a callable", repr(spec), fix)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    must = "must be importable"
-    try:
-        target: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            target = getattr(target, part)
-        must = "must build without arguments"
-        with torch.device(device):
-            model = target()
-    except (Exception, SystemExit) as e:  # the user's code may do anything
-        raise FxrpgError(where, must, f"{type(e).__name__}: {e}", fix) from e
-    if not isinstance(model, nn.Module):
-        raise FxrpgError(where, "must build a torch.nn.Module", type(model).__name__, fix)
-    return model
-
-
 def _transform(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
     rules = [Rule(pattern, action, dof=dof) for pattern, action, dof in arguments.rule]
     method = _configured(arguments.method, dict(arguments.set))
@@ -247,7 +225,12 @@ def _configured(method: str, settings: dict[str, Any]) -> Generator:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    demo.run(demo.Demo(out=arguments.out, epochs=arguments.epochs, seeds=arguments.seeds))
+    if arguments.data is not None:
+        vision.run(flags.job_of(arguments, lambda model: _transform(model, arguments)))
+        return
+    flags.check_no_data(arguments)
+    given = {name: getattr(arguments, name) for name in ("epochs", "seeds") if getattr(arguments, name) is not None}
+    digits.run(digits.Demo(out=arguments.out, **given))
 
 
 def _explain(arguments: argparse.Namespace) -> None:

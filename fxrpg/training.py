@@ -88,12 +88,16 @@ class PrancTrainer:
         value.backward()
         if self.nested:
             self._add_prefix_gradient(loss)
+        self.advance()
+        return value.detach()
+
+    def advance(self) -> None:
+        """What follows the gradients in a step, for loops that make them by themselves: the optimizer's step."""
         if self._active is None:
             self.optimizer.step()
         else:
             self._step_active()
         self.steps += 1
-        return value.detach()
 
     def active(self, state: str) -> Tensor:
         """Which coefficients of `state` move in the step to come: bool [k]."""

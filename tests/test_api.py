@@ -16,13 +16,13 @@ import torch
 import torch.fx as fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import resnet18
 from torch import nn
 
 import fxrpg
 from fxrpg import FxrpgError
 from fxrpg.assemble import plan_of
 from fxrpg.generators.ring import Ring
+from fxrpg.networks import resnet18
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
 ENDS = [fxrpg.Rule("stem.*", "dense"), fxrpg.Rule("head.*", "dense")]

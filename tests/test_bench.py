@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import models
-import paper_models
 import pytest
 import torch
 from torch import nn
+
+import fxrpg.networks as papers
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
@@ -35,8 +35,8 @@ def weights(model: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("network", "expected"),
     [
-        ("resnet18", models.resnet18),
-        ("resnet20", paper_models.resnet20),
+        ("resnet18", papers.resnet18),
+        ("resnet20", papers.resnet20),
         *((name, networks.NETWORKS[name][0]) for name in ("resnet18", "resnet50", "vit", "convnext")),
     ],
 )

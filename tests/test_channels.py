@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
-from models import resnet18
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxrpg
 from fxrpg import FxrpgError
 from fxrpg.assemble import plan_of, weight_of
+from fxrpg.networks import resnet18
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
 

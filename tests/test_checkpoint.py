@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.fx as fx
 from conformance import GENERATORS
-from models import resnet18
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -28,6 +27,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import fxrpg
 from fxrpg import FxrpgError, checkpoint, header, validation
+from fxrpg.networks import resnet18
 
 NAN, INFINITY = float("nan"), float("inf")
 ROOT = Path(__file__).parents[1]

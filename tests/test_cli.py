@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxrpg
-from fxrpg import checkpoint, cli, demo
+from fxrpg import building, checkpoint, cli
 from fxrpg.cli import main
+from fxrpg.demo import digits
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("demo", "explain", "info", "pack", "unpack", "verify", "bench")
@@ -123,7 +124,7 @@ def mistake(capsys, folder):
 
 
 def build(name: str = "Net") -> nn.Module:
-    return cli.build(f"{MODULE}:{name}")
+    return building.build(f"{MODULE}:{name}")
 
 
 def pack(**settings) -> nn.Module:
@@ -163,8 +164,8 @@ def test_help_and_version(capsys):
 
 def test_demo(run, folder, monkeypatch):
     sizes = {"dofs": (64, 256), "batch": 50, "train": 100, "test": 20}
-    whole = demo.run
-    monkeypatch.setattr(demo, "run", lambda settings: whole(dataclasses.replace(settings, **sizes)))
+    whole = digits.run
+    monkeypatch.setattr(digits, "run", lambda settings: whole(dataclasses.replace(settings, **sizes)))
     out = run("demo", "--out", "new/results", "--epochs", 1, "--seeds", 1)
     assert "2 of 2 packed files loaded back" in out
     assert (folder / "new" / "results" / "ring-64-seed0.safetensors").exists()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from models import resnet18
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import fxrpg
+from fxrpg.networks import resnet18
 
 # Dynamo's own: deprecated calls of the libraries it drives, and its remark on calls that it does not look into
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import resnet18, resnet34
 from torch import Tensor, nn
 
 import fxrpg
 from fxrpg import Ring
 from fxrpg.assemble import plan_of
+from fxrpg.networks import resnet18, resnet34
 
 CPU = torch.device("cpu")
 STEM = 9_408

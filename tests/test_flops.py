@@ -12,11 +12,11 @@ import sys
 import pytest
 import torch
 import torch.fx as fx
-from models import resnet18
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxrpg
+from fxrpg.networks import resnet18
 from fxrpg.staging import DENSE_OPS
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conformance import GENERATORS, generated
-from models import resnet18
 from torch import nn
 from torch_settings import deterministic
 
 import fxrpg
 from fxrpg.lowering import lowering_mode
+from fxrpg.networks import resnet18
 from fxrpg.view import View
 from fxrpg.weights import generate_weight
 

@@ -12,13 +12,13 @@ import torch
 import torch.fx as fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paper_models import convmixer, resnet20
 from torch import Tensor, nn
 
 import fxrpg
 from fxrpg import FxrpgError, Pemn
 from fxrpg.assemble import plan_of, weight_of
 from fxrpg.hashing import PERMUTE, Bijection
+from fxrpg.networks import convmixer, resnet20
 from fxrpg.view import View
 from fxrpg.weights import scale_of
 

@@ -13,8 +13,6 @@ import pytest
 import torch
 import torch.fx as fx
 from births import alive, births
-from models import resnet18
-from paper_models import alexnet_cifar, convnet, lenet, resnet20, resnet56
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +23,7 @@ from fxrpg import FxrpgError, Pranc
 from fxrpg.assemble import plan_of, weight_of
 from fxrpg.basis import LAWS
 from fxrpg.folding import epilogue_of_norm
+from fxrpg.networks import alexnet_cifar, convnet, lenet, resnet18, resnet20, resnet56
 from fxrpg.roles import NORMS
 from fxrpg.view import View
 from fxrpg.weights import scale_of
@@ -348,7 +347,7 @@ STEP = """
 import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import fxrpg
-from paper_models import resnet20
+from fxrpg.networks import resnet20
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = resnet20()

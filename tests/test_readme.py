@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import resnet18
 
 import fxrpg
+from fxrpg.networks import resnet18
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -13,11 +13,11 @@ import torch.fx as fx
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BasicBlock, ResNet
 from test_epilogue import Count, counted, warmed
 from torch import nn
 
 import fxrpg
+from fxrpg.networks import BasicBlock, ResNet
 from fxrpg.passes.region import RegionTracer, fuse_layers
 from fxrpg.regions import Call, region_class
 

@@ -12,11 +12,11 @@ import torch
 import torch.fx as fx
 from hypothesis import given
 from hypothesis import strategies as st
-from models import resnet18
 from torch import nn
 
 import fxrpg
 from fxrpg.assemble import plan_of, weight_of
+from fxrpg.networks import resnet18
 from fxrpg.scopes import WORDS, shares
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]

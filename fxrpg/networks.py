@@ -1,10 +1,77 @@
-"""The models that the PRANC (ICLR submission) and PEMN papers generate, with the parameter counts of the papers."""
+"""The networks that the RPG, PRANC and PEMN papers generate, with the parameter counts of the papers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a projected shortcut where the shape changes (arXiv:1512.03385, figure 5)."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or width_in != width:
+            self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + identity)
+
+
+class ResNet(nn.Module):
+    """ResNet-18 for blocks (2, 2, 2, 2), ResNet-34 for (3, 4, 6, 3); names and shapes as in torchvision.
+
+    `small` is the usual form for pictures of 32 or 64 pixels: a stem of 3x3, and no pooling behind it.
+    """
+
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def __init__(self, blocks: tuple[int, ...] = (2, 2, 2, 2), classes: int = 1000, *, small: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool: nn.Module = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        width_in = 64
+        for i, count in enumerate(blocks):
+            width = 64 << i
+            stage = [BasicBlock(width_in if j == 0 else width, width, 2 if i and j == 0 else 1) for j in range(count)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            width_in = width
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(width_in, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def resnet18(classes: int = 1000, *, small: bool = False) -> ResNet:
+    """ResNet-18 (arXiv:1512.03385, table 1)."""
+    return ResNet((2, 2, 2, 2), classes, small=small)
+
+
+def resnet34(classes: int = 1000, *, small: bool = False) -> ResNet:
+    """ResNet-34 (arXiv:1512.03385, table 1)."""
+    return ResNet((3, 4, 6, 3), classes, small=small)
 
 
 class PaddedShortcut(nn.Module):
@@ -39,6 +106,10 @@ class CifarBlock(nn.Module):
 
 class CifarResNet(nn.Module):
     """ResNet of depth 6 n + 2 for n blocks per stage, widths 16, 32 and 64 (arXiv:1512.03385, section 4.2)."""
+
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
 
     def __init__(self, blocks_per_stage: int, classes: int = 10) -> None:
         super().__init__()
@@ -133,3 +204,48 @@ def convmixer(
         *(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()),
         nn.Linear(dim, classes, bias=bias),
     )
+
+
+class VisionTransformer(nn.Module):
+    """A small ViT (arXiv:2010.11929): patches, learned positions, encoder layers that norm first, the mean of the tokens."""
+
+    def __init__(
+        self, dim: int, depth: int, classes: int = 10, *, side: int = 32, patch: int = 4, heads: int = 8
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, patch, patch)
+        self.positions = nn.Parameter(torch.empty(1, (side // patch) ** 2, dim).normal_(0, 0.02))
+        layer = nn.TransformerEncoderLayer(
+            dim, heads, 4 * dim, dropout=0.1, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.encoder(tokens).mean(1))
+
+
+def _convnet(classes: int, side: int) -> nn.Module:
+    return convnet(128, 4 if side >= 64 else 3, classes, side)
+
+
+def _sized(dim: int, depth: int) -> dict[str, Callable[[int, int], nn.Module]]:
+    """The mixer and the transformer of one hidden dimension and depth (PEMN, supplement A)."""
+    return {
+        f"convmixer-{dim}-{depth}": lambda classes, side: convmixer(dim, depth, classes=classes),
+        f"vit-{dim}-{depth}": lambda classes, side: VisionTransformer(dim, depth, classes, side=side),
+    }
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet18": lambda classes, side: resnet18(classes, small=side <= 64),
+    "resnet34": lambda classes, side: resnet34(classes, small=side <= 64),
+    "resnet20": lambda classes, side: resnet20(classes),
+    "resnet56": lambda classes, side: resnet56(classes),
+    "lenet": lambda classes, side: lenet(classes),
+    "alexnet-cifar": lambda classes, side: alexnet_cifar(classes),
+    "convnet": _convnet,
+    **{name: build for dim in (256, 512) for depth in (6, 8) for name, build in _sized(dim, depth).items()},
+}
+"""name -> (classes, side of the pictures in pixels) -> network. "lenet" and "alexnet-cifar" take 32 pixels only."""

@@ -9,8 +9,9 @@ import matplotlib.figure
 import pytest
 import torch
 
-from fxrpg import FxrpgError, demo, load
-from fxrpg.demo import Demo, Run, power_law, resnet, summaries, table
+from fxrpg import FxrpgError, load
+from fxrpg.demo import digits
+from fxrpg.demo.digits import Demo, Run, power_law, resnet, summaries, table
 
 DOFS = (100, 4096)  # one that is no multiple of the ring's block
 
@@ -23,7 +24,7 @@ def tiny(out):
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    result = demo.run(tiny(out))
+    result = digits.run(tiny(out))
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
     return out, result
@@ -56,7 +57,7 @@ def test_numbers(runs):
 
 def test_files_hold_what_was_counted(runs):
     out, found = runs
-    images, answers = demo.digits()
+    images, answers = digits.digits()
     for run in found[1:]:
         with torch.no_grad():
             predictions = load(resnet(7), out / run.file).eval()(images[200:300])
@@ -64,7 +65,7 @@ def test_files_hold_what_was_counted(runs):
 
 
 def test_same_command_same_numbers_and_what_it_prints(runs, tmp_path, capsys):
-    assert demo.run(tiny(tmp_path)) == runs[1]
+    assert digits.run(tiny(tmp_path)) == runs[1]
     printed, progress = capsys.readouterr()
     assert progress == ""  # no bar where stderr is no terminal
     assert "2 of 2 packed files loaded back: predictions bitwise identical on 100 images" in printed
@@ -92,7 +93,7 @@ def test_power_law_recovers_its_exponent():
 def test_picture_of_models_without_errors(tmp_path):
     common = {"seed": 0, "generated": 6400, "trainable": 70, "errors": 0, "tested": 200, "bytes": 1, "seconds": 1.0}
     found = summaries([Run(model=str(dof), dof=dof, file="f", **common) for dof in (None, 10, 100)])
-    demo._draw(matplotlib.figure, found, power_law((10, 100), (0.0, 0.0), floor=0.25), tmp_path / "picture.png")
+    digits._draw(matplotlib.figure, found, power_law((10, 100), (0.0, 0.0), floor=0.25), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").exists()
 
 
@@ -101,14 +102,14 @@ def test_missing_extra_is_said_before_anything_is_done(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
             with pytest.raises(FxrpgError, match=rf"{name}.*pip install 'fxrpg\[demo\]'"):
-                demo.run(tiny(tmp_path / "out"))
+                digits.run(tiny(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_gives_another_model_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "load", lambda model, path: model)
+    monkeypatch.setattr(digits, "load", lambda model, path: model)
     with pytest.raises(FxrpgError, match=r"ring-100-seed0\.safetensors.*bit for bit.*100 of 100"):
-        demo.run(tiny(tmp_path))
+        digits.run(tiny(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -128,5 +129,5 @@ def test_settings_out_of_range(settings, message):
 
 def test_ring_larger_than_the_weights_is_said_before_training(tmp_path):
     with pytest.raises(FxrpgError, match="dof: must be an int in"):
-        demo.run(Demo(out=tmp_path / "out", dofs=(64, 10**6)))
+        digits.run(Demo(out=tmp_path / "out", dofs=(64, 10**6)))
     assert not (tmp_path / "out").exists()

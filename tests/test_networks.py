@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from models import resnet18
-from paper_models import CifarBlock, alexnet_cifar, convmixer, convnet, lenet, resnet20, resnet56
 from torch import Tensor, nn
+
+from fxrpg.networks import CifarBlock, alexnet_cifar, convmixer, convnet, lenet, resnet18, resnet20, resnet56
 
 
 def on_meta(architecture: Callable[[], nn.Module]) -> nn.Module:
