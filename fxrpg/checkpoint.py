@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of, states_in
 from fxrpg.channels import narrow_modules
+from fxrpg.container import DTYPES, opened, read_layout, read_tensors
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
-from fxrpg.header import DTYPES, KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
+from fxrpg.header import KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
 from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import DIGEST, SCALE, tensor_at
 from fxrpg.packing import pack_bits
@@ -98,18 +99,17 @@ def read(path: str | os.PathLike[str]) -> Contents:
         FxrpgError: naming what is wrong.
         OSError: the file cannot be opened.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise FxrpgError(str(path), "must be a file", "a folder or a device", "Pass a file that fxrpg.save wrote.")
-    os.close(os.open(path, os.O_RDONLY))  # an unreadable path is an OSError, not a damaged file
-    try:
-        with safe_open(path, framework="pt") as file:
-            fields = parse(path, file.metadata() or {})
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            check_tensors(path, fields, {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()})
-            # copied before they are verified: safetensors maps the file, which another process may still change
-            tensors = {name: file.get_tensor(name).clone() for name in slices}
-    except SafetensorError as e:
-        raise damaged(path, "must be a whole safetensors file", str(e)) from None
+    with opened(path) as file:
+        try:
+            metadata, entries = read_layout(file)
+        except (ValueError, RecursionError) as e:
+            raise damaged(path, "must be a whole safetensors file", str(e)) from None
+        fields = parse(path, metadata)
+        check_tensors(path, fields, dict(entries))
+        try:
+            tensors = read_tensors(file, entries)
+        except ValueError as e:
+            raise damaged(path, "must be a whole safetensors file", str(e)) from None
     if tensors_digest(tensors) != fields["tensors"]:
         raise damaged(path, "the tensors must match their digest", "another one")
     check_kept(path, fields, tensors)
