@@ -111,6 +111,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a header with a name twice")
+    "".join(found).encode()  # a ValueError for half a surrogate pair, which is no text
     return found
 
 

@@ -269,12 +269,10 @@ def _check_names(path: Any, fields: dict[str, Any]) -> None:
             raise damaged(path, "names must be lists of strings", shown(names))
     generated = [name for row in fields["table"] for name in (row["name"], *row["ties"])]
     dense = [name for names in fields["dense"].values() for name in names]
-    scopes = fields["scopes"]
-    rooted = [s["state"] for s in scopes if not _generator(path, s).local]
-    local = [
-        r["name"] + scopes[r["scope"]]["state"] for r in fields["table"] if _generator(path, scopes[r["scope"]]).local
-    ]
-    marks = [s["state"] + KEPT for s in scopes if _generator(path, s).sparse and not s["frozen"]]
+    scopes = [(_generator(path, scope), scope["state"], scope["frozen"]) for scope in fields["scopes"]]
+    rooted = [state for generator, state, _ in scopes if not generator.local]
+    local = [r["name"] + scopes[r["scope"]][1] for r in fields["table"] if scopes[r["scope"]][0].local]
+    marks = [state + KEPT for generator, state, frozen in scopes if generator.sparse and not frozen]
     states = [*rooted, *local, *marks]
     for group in ([*generated, *dense], [*generated, *fields["aliases"], *states, SCALE, DIGEST]):
         once: set[str] = set()
