@@ -21,7 +21,7 @@ from fxrpg.container import DTYPES, opened, read_layout, read_tensors
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
 from fxrpg.header import KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
-from fxrpg.lowering import encode_scales, generate_weight
+from fxrpg.lowering import encode_scales, generate_weight, weight_dtype
 from fxrpg.owner import DIGEST, SCALE, tensor_at
 from fxrpg.packing import pack_bits
 from fxrpg.plan import Plan
@@ -60,7 +60,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise FxrpgError(str(path), "must be a file, or a new name", "a folder or a device", "Choose another path.")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    temporary = target.with_name(f".fxrpg.{secrets.token_hex(8)}.part")  # not longer where the name itself is the longest
     try:
         with open(temporary, "xb") as file:
             mode = os.stat(file.fileno()).st_mode  # what the user's umask leaves; safetensors would make it private
@@ -167,22 +167,41 @@ def verify(path: str | os.PathLike[str], seed: int | None = None) -> Plan:
 
 
 def unpack(path: str | os.PathLike[str], seed: int | None = None) -> dict[str, Tensor]:
-    """The state_dict of the ordinary model that a file stands for, full weights included. Needs no model."""
+    """The state_dict of the ordinary model that a file stands for, full weights included. Needs no model.
+
+    Raises:
+        FxrpgError: as `load`; the weights do not fit into memory.
+        OSError: the file cannot be opened.
+    """
     contents = read(path)
     plan = contents.plan(path, seed)
     states, scale = contents.states(plan), encode_scales(contents.scale()).to(contents.frozen_dtype)
     own = {*states, *(state + KEPT for state in pruned_states(plan))}
     tensors = {name: tensor for name, tensor in contents.tensors.items() if name not in own}
+    sizes = {n: v.count * weight_dtype(states[plan.state_of(n)], scale).itemsize for n, v in plan.views.items()}
+    _check_memory(path, sum(sizes.values()))
     for name, view in plan.views.items():
         try:
             weight = generate_weight(states[plan.state_of(name)], scale, view.text)
         except RuntimeError as e:
             if "allocate" not in str(e):  # torch's allocator has no error of its own
                 raise
-            fix = "Unpack it on a machine with more memory."
-            raise FxrpgError(f"{path}, {name}", f"{view.count} weights must fit into memory", str(e), fix) from None
+            raise _too_large(f"{path}, {name}", sizes[name], str(e)) from None
         tensors |= dict.fromkeys(plan.names[name], weight)
     return tensors | {alias: tensors[name] for alias, name in contents.fields["aliases"].items()}
+
+
+def _check_memory(path: Any, needed: int) -> None:
+    """A small file may stand for any number of weights: say so before a system kills whoever allocates them."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system tells
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there > 0:
+            raise _too_large(path, needed, f"{there} bytes of memory")
+
+
+def _too_large(where: Any, needed: int, found: str) -> FxrpgError:
+    fix = "Unpack it on a machine with more memory."
+    return FxrpgError(str(where), f"{needed} bytes of weights must fit into memory", found, fix)
 
 
 def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

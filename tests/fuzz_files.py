@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import random
 import resource
@@ -204,10 +205,11 @@ def main() -> int:
                 outcomes[tried(found[name], path, data, guard, arguments.memory, VERBS[number % 3])] += 1
             except (Exception, TooSlow):
                 failures += 1
-                print(f"--seed {arguments.seed} --only {number} ({name}):\n{traceback.format_exc(limit=-4)}", flush=True)
+                again = f"python tests/fuzz_files.py --seed {arguments.seed} --only {number} --keep bad.safetensors"
+                print(f"{again}  # {name}\n{traceback.format_exc(limit=-4)}", flush=True)
                 if failures == 10:
                     break
-    print({outcome: outcomes[outcome] for outcome in sorted(outcomes)}, f"failures: {failures}")
+    print(json.dumps(outcomes, sort_keys=True))
     return 1 if failures else 0
 
 

@@ -96,7 +96,7 @@ def _bytes(source: bytes, rng: random.Random) -> bytes:
             data[place:place] = data[rng.randrange(len(data) or 1) :][:20]
         elif action == 5:
             new = rng.choice((0, 1, length - 1, length + 1, len(data), len(data) - 8, 10**8, (1 << 63), (1 << 64) - 1))
-            data[:8] = struct.pack("<Q", max(new, 0))
+            data[:8] = struct.pack("<Q", min(max(new, 0), (1 << 64) - 1))
         else:
             data[place : place + 8] = rng.choice((b"\0" * 8, b"\xff" * 8, b'"' * 8, b"[" * 8, b"NaN     ", b"\\ud800\\u"))
     return bytes(data)
