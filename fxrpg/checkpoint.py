@@ -60,7 +60,9 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise FxrpgError(str(path), "must be a file, or a new name", "a folder or a device", "Choose another path.")
-    temporary = target.with_name(f".fxrpg.{secrets.token_hex(8)}.part")  # not longer where the name itself is the longest
+    temporary = target.with_name(
+        f".fxrpg.{secrets.token_hex(8)}.part"
+    )  # short: the target's name may be as long as can be
     try:
         with open(temporary, "xb") as file:
             mode = os.stat(file.fileno()).st_mode  # what the user's umask leaves; safetensors would make it private

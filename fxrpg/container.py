@@ -64,7 +64,8 @@ def read_layout(file: BinaryIO) -> tuple[dict[str, str], dict[str, Entry]]:
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
         raise ValueError("metadata that is not text by name")
     entries, end = {}, 0
-    for name, (begin, then, entry) in sorted(((name, _entry(e)) for name, e in found.items()), key=lambda item: item[1]):
+    declared = [(*_entry(fields), name) for name, fields in found.items()]
+    for begin, then, entry, name in sorted(declared):
         if begin != end:
             raise ValueError(f"a tensor that begins at {begin}, where the last one ends at {end}")
         entries[name], end = entry, then

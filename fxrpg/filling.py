@@ -73,7 +73,8 @@ def _check_ties(path: Any, parameters: dict[str, nn.Parameter], source: dict[str
         for other in (first_of.setdefault(id(parameter), name), first_of.setdefault(source[name], name)):
             if (source[other] == source[name]) != (parameters[other] is parameter):
                 found = "two in the " + ("model" if source[other] == source[name] else "file")
-                raise _other_model(path, f"{shown(other)} and {shown(name)} must be one parameter in both model and file", found)
+                must = f"{shown(other)} and {shown(name)} must be one parameter in both model and file"
+                raise _other_model(path, must, found)
 
 
 def _in_place_of(old: Any, new: Tensor, name: str, path: Any) -> Tensor:

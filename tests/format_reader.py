@@ -140,13 +140,13 @@ def weight(row, scope, total, tensors, seed):
     shape, order = row["original"] or row["shape"], row["order"]
     logical = {}  # index in PyTorch's axes -> bytes
     places = itertools.product(*(range(shape[axis]) for axis in order))
-    pairs = zip(cells(row, scope["settings"], total, scope["size"], seed), negated(row, scope["settings"], seed))
-    for place, (cell, minus) in zip(places, pairs):
+    read = cells(row, scope["settings"], total, scope["size"], seed)
+    for place, cell, minus in zip(places, read, negated(row, scope["settings"], seed), strict=True):
         value = -state[cell] if minus else state[cell]
         wide = value * row["scale"]
         exact = wide if dtype == "F64" else decoded(encoded(wide, "F32"), "F32")[0]
         logical[tuple(place[order.index(axis)] for axis in range(len(order)))] = encoded(exact, dtype)
-    kept = [chosen or range(side) for chosen, side in zip(row["kept"] or [[]] * len(shape), shape)]
+    kept = [chosen or range(side) for chosen, side in zip(row["kept"] or [[]] * len(shape), shape, strict=True)]
     return b"".join(logical[index] for index in itertools.product(*kept))
 
 

@@ -1,8 +1,9 @@
-"""Coverage-guided fuzzing: `pip install atheris`, then `python tests/fuzz_coverage.py WORK tests/corpus -max_total_time=600 -timeout=5`.
+"""Coverage-guided fuzzing: `pip install atheris`, then `python tests/fuzz_coverage.py WORK tests/corpus -max_total_time=600`.
 
-WORK is a folder for what it finds (other options are libFuzzer's). An input's first byte says what it is: a file's bytes; the
-text of a header, which is signed anew and put beside a real file's tensors; or options of the command line, one a line, for a
-plan. What it finds goes, minimised (`-minimize_crash=1`), into tests/corpus/, which tests/test_fuzz.py replays.
+WORK is a folder for what it finds; other options are libFuzzer's, such as `-timeout=5`. An input's first byte says what it
+is: a file's bytes; the text of a header, which is signed anew and put beside a real file's tensors; or options of the
+command line, one a line, for a plan. What it finds goes, minimised (`-minimize_crash=1`), into tests/corpus/, which
+tests/test_fuzz.py replays.
 """
 
 from __future__ import annotations
@@ -66,10 +67,7 @@ def as_options(data: bytes) -> None:
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
             arguments = cli._parser().parse_args(["explain", "m:x", *argv])
-        except SystemExit as e:
-            assert e.code in (0, 2)
-            return
-        if arguments.command != "explain":
+        except SystemExit:
             return
     with contextlib.suppress(FxrpgError):
         for pattern, action, dof in arguments.rule:
@@ -117,9 +115,9 @@ def seeds(found: dict[str, Case]) -> dict[str, bytes]:
     made = {f"file-{name}": b"\0" + case.data for name, case in found.items()}
     for i, (name, case) in enumerate(found.items()):
         made[f"header-{name}"] = b"\1" + bytes([i]) + canonical(parts_of(case.data).fields).encode()
-    options = ["--dof\n3\n--rule\n0.*=dense\n--rule\nre:1[.]w.*=pranc:2", "--dof\n0.5\n--method\npemn\n--set\nkeep=0.3"]
-    options += ["--rule\n*=ring:0.1\n--scope\nlayer\n--seed\n7", "--dof\n1e-1\n--set\nbits=8\n--set\nblock=1\n--scope\nblock"]
-    return made | {f"options-{i}": b"\2" + text.encode() for i, text in enumerate(options)}
+    options = ["--dof 3 --rule 0.*=dense --rule re:1[.]w.*=pranc:2", "--dof 0.5 --method pemn --set keep=0.3"]
+    options += ["--rule *=ring:0.1 --scope layer --seed 7", "--dof 1e-1 --set bits=8 --set block=1 --scope block"]
+    return made | {f"options-{i}": b"\2" + text.replace(" ", "\n").encode() for i, text in enumerate(options)}
 
 
 def main() -> None:

@@ -43,6 +43,9 @@ LARGEST = 100_000
 """Weights of a file that is unpacked: more are legitimate, and take their time and memory."""
 
 
+Verb = Callable[["Case", Path], None]
+
+
 class TooSlow(BaseException):
     """A second of processor time on one file."""
 
@@ -86,7 +89,7 @@ def cases(folder: Path) -> dict[str, Case]:
     return found
 
 
-def attempt(case: Case, path: Path, verbs: Sequence[Callable[[Case, Path], None]]) -> tuple[str, header.Contents | None]:
+def attempt(case: Case, path: Path, verbs: Sequence[Verb]) -> tuple[str, header.Contents | None]:
     """What became of a file, and what is in it. Raises whatever should not be raised."""
     try:
         contents = checkpoint.read(path)
@@ -153,7 +156,7 @@ def limited(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def tried(case: Case, path: Path, data: bytes, guard: Guard, megabytes: int, verb: Callable[..., None]) -> str:
+def tried(case: Case, path: Path, data: bytes, guard: Guard, megabytes: int, verb: Verb) -> str:
     path.write_bytes(data)
     guard.graph, guard.seen = isinstance(case.model, fx.GraphModule), []
     limited(megabytes)

@@ -21,8 +21,19 @@ WHOLE = [-1, 0, 1, 2, 3, 4, 5, 7, 8, 13, 31, 32, 33, 64, 65, 1000, 1 << 16, 1 <<
 WHOLE += [1 << 48, (1 << 48) + 1, 1 << 53, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, -(1 << 63), 10**40, 10**400]
 REAL = [0.0, -0.0, 0.5, 1.0, 0.3, -1e9, 1e-320, 1e-30, 1e308, NAN, INFINITY, -INFINITY]
 NAMES = ["", "x", ".", "..", "../../x", "/etc/passwd", "a\0b", "a\nb", "\x1b[2J\x07", "\u202egpj", "\ud800", "é.x"]
-NAMES += ["__class__", "__init__", "__dict__", "forward", "weight", "0", "0.weight", "2.weight", "2.bias", "1e5", "9" * 500]
-NAMES += ["fxrpg_ring", "fxrpg_ring_", "fxrpg_scale", "fxrpg_digest", "fxrpg_alpha", "_score", "_mask", "_kept", CODE]
+NAMES += ["__class__", "__init__", "__dict__", "forward", "weight", "0", "0.weight", "2.weight", "2.bias", "1e5"]
+NAMES += [
+    "fxrpg_ring",
+    "fxrpg_ring_",
+    "fxrpg_scale",
+    "fxrpg_digest",
+    "fxrpg_alpha",
+    "_score",
+    "_mask",
+    "_kept",
+    CODE,
+    "9" * 500,
+]
 WORDS = ["withheld", "ring", "pranc", "pemn", "arc", "shuffle", "block_diagonal", "hash", "rademacher", "khatri_rao"]
 WORDS += ["uniform", "normal", "one_layer", "random_padding", "layer", "global", "signed_constant", "y" * 3000, *SIZES]
 OTHER = [None, True, False, [], {}, [[]], {"": []}, [0, 1], [1, 0], [[0], [0]], ["a"], [NAN], {"a": {"a": {"a": [1]}}}]
@@ -98,7 +109,8 @@ def _bytes(source: bytes, rng: random.Random) -> bytes:
             new = rng.choice((0, 1, length - 1, length + 1, len(data), len(data) - 8, 10**8, (1 << 63), (1 << 64) - 1))
             data[:8] = struct.pack("<Q", min(max(new, 0), (1 << 64) - 1))
         else:
-            data[place : place + 8] = rng.choice((b"\0" * 8, b"\xff" * 8, b'"' * 8, b"[" * 8, b"NaN     ", b"\\ud800\\u"))
+            junk = b"\0" * 8, b"\xff" * 8, b'"' * 8, b"[" * 8, b"NaN     ", b"\\ud800\\u"
+            data[place : place + 8] = rng.choice(junk)
     return bytes(data)
 
 
@@ -111,7 +123,8 @@ def _container(source: bytes, rng: random.Random) -> bytes:
     if action == 0:
         entries[name][rng.choice(list(entries[name]))] = rng.choice([*VALUES, [rng.choice(WHOLE), rng.choice(WHOLE)]])
     elif action == 1:
-        entries[name]["data_offsets"][rng.randrange(2)] += rng.choice((-8, -4, -1, 1, 4, 8, len(data), 1 << 40, -(1 << 40)))
+        shift = rng.choice((-8, -4, -1, 1, 4, 8, len(data), 1 << 40, -(1 << 40)))
+        entries[name]["data_offsets"][rng.randrange(2)] += shift
     elif action == 2:
         entries[name]["data_offsets"] = entries[rng.choice(list(parts.tensors))]["data_offsets"]
     elif action == 3:
@@ -124,10 +137,12 @@ def _container(source: bytes, rng: random.Random) -> bytes:
         data = rng.choice((data[:-1], data + b"\0", b"", data * 2))
     text = json.dumps(entries)
     if action == 7:  # a name twice, nothing else said
-        text = text[:-1] + f', {json.dumps(name)}: {json.dumps(entries[rng.choice(list(parts.tensors))])}}}'
+        twice = json.dumps({name: entries[rng.choice(list(parts.tensors))]})
+        text = f"{text[:-1]}, {twice[1:]}"
     elif action == 8:
         deep = rng.choice((50, 900, 1000, 5000))
-        text = text[:-1] + ', "x": ' + rng.choice(("[" * deep + "]" * deep, '{"":' * deep + "1" + "}" * deep, "NaN")) + "}"
+        value = rng.choice(("[" * deep + "]" * deep, '{"":' * deep + "1" + "}" * deep, "NaN"))
+        text = f'{text[:-1]}, "x": {value}}}'
     return written(None, data, text + " " * (rng.random() < 0.3))
 
 
@@ -154,7 +169,8 @@ def _forged(source: bytes, rng: random.Random) -> bytes:
     parts = parts_of(source)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         change = rng.choices((_any_place, _tensor, *CONSISTENT), (10, 4, *[1] * len(CONSISTENT)))[0]
-        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # the last change left no such place
+        # the change before may have left no such place
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):
             change(parts, rng)
     return written(*entries_of(parts, signed(parts)))
 
@@ -215,7 +231,7 @@ def _tensor(parts: Parts, rng: random.Random) -> None:
         dtype = rng.choice([d for d, size in SIZES.items() if len(data) % size == 0])
         parts.tensors[name] = dtype, [len(data) // SIZES[dtype]], data
     elif action == 3 and shape:
-        other = shape[:-1] + [max(shape[-1] + rng.choice((-1, 1)), 0)]
+        other = [*shape[:-1], max(shape[-1] + rng.choice((-1, 1)), 0)]
         count = SIZES[dtype]
         for side in other:
             count *= side
@@ -261,7 +277,8 @@ def _cast(parts: Parts, rng: random.Random) -> None:
 
 def _renamed(parts: Parts, rng: random.Random) -> None:
     """A weight, a tensor or a state under another name, everywhere."""
-    found = [r["name"] for r in parts.fields["table"]] + list(parts.tensors) + [s["state"] for s in parts.fields["scopes"]]
+    found = [*parts.tensors, *[row["name"] for row in parts.fields["table"]]]
+    found += [one["state"] for one in parts.fields["scopes"]]
     old, new = rng.choice(found), rng.choice(NAMES)
     text = canonical(parts.fields).replace(json.dumps(old), json.dumps(new))
     parts.fields = json.loads(text)
@@ -286,8 +303,8 @@ def _many_rows(parts: Parts, rng: random.Random) -> None:
     state = parts.tensors.get(one["state"])
     for i in range(rng.choice((3, 10, 40))):
         fields["scopes"].append(one | {"name": str(i), "state": f"{one['state']}_{i}"})
-        more = {"name": f"w{i}", "scope": len(fields["scopes"]) - 1, "tensor": len(fields["table"]), "offset": 0, "ties": []}
-        fields["table"].append(row | more)
+        place = {"scope": len(fields["scopes"]) - 1, "tensor": len(fields["table"]), "offset": 0}
+        fields["table"].append(row | place | {"name": f"w{i}", "ties": []})
         if state:
             parts.tensors[f"{one['state']}_{i}"] = state
 

@@ -84,11 +84,12 @@ WORDS = st.sampled_from(
     ["re:", "*", "0.weight", "=", ":", "dense", "generate", "ring", "pranc", "pemn", "1", "0.5", "-1", "1e400", "nan",
      "block", "bits", "law", "keep", "(", ")", "[", "]", "{9}", "{99999999999}", "\\", "\n", "\0", "?", "True", "é", "9" * 5000]
 )  # fmt: skip
+OPTIONS = st.sampled_from(["--rule", "--set", "--scope", "--dof", "--method", "--seed"])
 TEXT = st.lists(WORDS | st.text(max_size=3), max_size=6).map("".join)
 
 
 @settings(max_examples=300)
-@given(options=st.lists(st.tuples(st.sampled_from(["--rule", "--set", "--scope", "--dof", "--method", "--seed"]), TEXT)))
+@given(options=st.lists(st.tuples(OPTIONS, TEXT)))
 @example([("--rule", "re:a{99999999999999999999}=dense")])
 @example([("--rule", f"re:{'(' * 3000}=dense")])
 @example([("--set", "block={[]:1}")])
