@@ -297,7 +297,9 @@ def _info(arguments: argparse.Namespace) -> None:
         ]
         for row in fields["table"]
     ]
-    print(tabulate(table, ["weight", "shape", *["scope"] * several, "offset", "scale"], floatfmt=".6g"))
+    texts = [0, 2] if several else [0]  # a weight may be called 1e5
+    columns = ["weight", "shape", *["scope"] * several, "offset", "scale"]
+    print(tabulate(table, columns, floatfmt=".6g", disable_numparse=texts))
 
 
 def _method(scope: Scope) -> str:

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing: `pip install atheris`, then `python tests/fuzz_coverage.py WORK tests/corpus -max_total_time=600`.
+"""Coverage-guided fuzzing: `pip install '.[fuzz]'`, then `python tests/fuzz_coverage.py WORK tests/corpus -max_total_time=600`.
 
 WORK is a folder for what it finds; other options are libFuzzer's, such as `-timeout=5`. An input's first byte says what it
 is: a file's bytes; the text of a header, which is signed anew and put beside a real file's tensors; or options of the

@@ -192,7 +192,7 @@ def main() -> int:
     numbers = range(arguments.first, arguments.first + arguments.files) if arguments.only is None else [arguments.only]
     outcomes: Counter[str] = Counter()
     failures = 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         found, path = cases(Path(folder)), Path(folder) / "m.safetensors"
         for case in found.values():  # imports and caches come before the guard
             path.write_bytes(case.data)
