@@ -39,7 +39,8 @@ class Entry(NamedTuple):
 
 def opened(path: str | os.PathLike[str]) -> BinaryIO:
     """The file at `path`, open for reading. Raises FxrpgError for what is no file, OSError for what cannot be opened."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe does not wait for who writes to it
+    # a pipe does not wait for who writes to it; on Windows bytes stay as they are
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FxrpgError(str(path), "must be a file", "a folder or a device", "Pass a file that fxrpg.save wrote.")
