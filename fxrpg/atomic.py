@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise FxrpgError(str(path), "must be a file, or a new name", "a folder or a device", "Choose another path.")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{SUFFIX}")
+    temporary = target.with_name(f"{_beginning(target)}{secrets.token_hex(8)}{SUFFIX}")
     try:
         with open(temporary, "xb") as file:
             mode = os.stat(file.fileno()).st_mode  # what the user's umask leaves; some writers would make it private
@@ -48,6 +48,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def sweep(path: str | os.PathLike[str]) -> None:
     """Remove what killed processes left beside `path` of files that were to replace it. Nobody may be writing it now."""
     target = Path(os.path.realpath(path))
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*{SUFFIX}"):
+    for left in target.parent.glob(f"{_beginning(target)}*{SUFFIX}"):
         with contextlib.suppress(OSError):
             left.unlink()
+
+
+def _beginning(target: Path) -> str:
+    """How the names of temporary files for `target` begin: short, since its own may be as long as can be."""
+    return f".fxrpg.{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxrpg.assemble import StandIn, copy_module, plan_of, replan, weight_of
 from fxrpg.channel_groups import channel_groups, width_in
 from fxrpg.errors import FxrpgError
+from fxrpg.header import shown
 from fxrpg.owner import link_of
 from fxrpg.plan import Plan
 from fxrpg.view import View
@@ -73,13 +74,13 @@ def narrow_modules(root: nn.Module, channels: Channels, where: Any = "prune_chan
         module = modules.get(path)
         if not isinstance(module, nn.Linear | _Conv | _Norm):
             found = "none" if module is None else type(module).__name__
-            raise FxrpgError(str(where), f"{path!r} must be a layer whose channels were pruned", found, fix)
+            raise FxrpgError(str(where), f"{shown(path)} must be a layer whose channels were pruned", found, fix)
         try:
             _narrow_tensor(module, "weight", outputs, inputs)
             for name in ("bias", "running_mean", "running_var"):
                 _narrow_tensor(module, name, outputs)
         except IndexError as e:
-            raise FxrpgError(str(where), f"{path!r} must have the channels that were kept", str(e), fix) from None
+            raise FxrpgError(str(where), f"{shown(path)} must have the channels that were kept", str(e), fix) from None
         _set_sizes(module, len(outputs), len(inputs))
 
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of, states_in
 from fxrpg.atomic import replacing
 from fxrpg.channels import narrow_modules
+from fxrpg.container import DTYPES, opened, read_layout, read_tensors
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
-from fxrpg.header import DTYPES, KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
+from fxrpg.header import KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
 from fxrpg.owner import DIGEST, SCALE, tensor_at
 from fxrpg.packing import pack_bits
 from fxrpg.plan import Plan
 from fxrpg.validation import check_kept, check_tensors, parse
-from fxrpg.weights import encode_scales, generate_weight
+from fxrpg.weights import encode_scales, generate_weight, weight_dtype
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, withhold_seed: bool = False) -> None:
@@ -82,18 +84,17 @@ def read(path: str | os.PathLike[str]) -> Contents:
         FxrpgError: naming what is wrong.
         OSError: the file cannot be opened.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise FxrpgError(str(path), "must be a file", "a folder or a device", "Pass a file that fxrpg.save wrote.")
-    os.close(os.open(path, os.O_RDONLY))  # an unreadable path is an OSError, not a damaged file
-    try:
-        with safe_open(path, framework="pt") as file:
-            fields = parse(path, file.metadata() or {})
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            check_tensors(path, fields, {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()})
-            # copied before they are verified: safetensors maps the file, which another process may still change
-            tensors = {name: file.get_tensor(name).clone() for name in slices}
-    except SafetensorError as e:
-        raise damaged(path, "must be a whole safetensors file", str(e)) from None
+    with opened(path) as file:
+        try:
+            metadata, entries = read_layout(file)
+        except (ValueError, RecursionError) as e:
+            raise damaged(path, "must be a whole safetensors file", str(e)) from None
+        fields = parse(path, metadata)
+        check_tensors(path, fields, dict(entries))
+        try:
+            tensors = read_tensors(file, entries)
+        except ValueError as e:
+            raise damaged(path, "must be a whole safetensors file", str(e)) from None
     if tensors_digest(tensors) != fields["tensors"]:
         raise damaged(path, "the tensors must match their digest", "another one")
     check_kept(path, fields, tensors)
@@ -151,22 +152,41 @@ def verify(path: str | os.PathLike[str], seed: int | None = None) -> Plan:
 
 
 def unpack(path: str | os.PathLike[str], seed: int | None = None) -> dict[str, Tensor]:
-    """The state_dict of the ordinary model that a file stands for, full weights included. Needs no model."""
+    """The state_dict of the ordinary model that a file stands for, full weights included. Needs no model.
+
+    Raises:
+        FxrpgError: as `load`; the weights do not fit into memory.
+        OSError: the file cannot be opened.
+    """
     contents = read(path)
     plan = contents.plan(path, seed)
     states, scale = contents.states(plan), encode_scales(contents.scale()).to(contents.frozen_dtype)
     own = {*states, *(state + KEPT for state in pruned_states(plan))}
     tensors = {name: tensor for name, tensor in contents.tensors.items() if name not in own}
+    sizes = {n: v.count * weight_dtype(states[plan.state_of(n)], scale).itemsize for n, v in plan.views.items()}
+    _check_memory(path, sum(sizes.values()))
     for name, view in plan.views.items():
         try:
             weight = generate_weight(states[plan.state_of(name)], scale, view.text)
         except RuntimeError as e:
             if "allocate" not in str(e):  # torch's allocator has no error of its own
                 raise
-            fix = "Unpack it on a machine with more memory."
-            raise FxrpgError(f"{path}, {name}", f"{view.count} weights must fit into memory", str(e), fix) from None
+            raise _too_large(f"{path}, {name}", sizes[name], str(e)) from None
         tensors |= dict.fromkeys(plan.names[name], weight)
     return tensors | {alias: tensors[name] for alias, name in contents.fields["aliases"].items()}
+
+
+def _check_memory(path: Any, needed: int) -> None:
+    """A small file may stand for any number of weights: say so before a system kills whoever allocates them."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system tells
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there > 0:
+            raise _too_large(path, needed, f"{there} bytes of memory")
+
+
+def _too_large(where: Any, needed: int, found: str) -> FxrpgError:
+    fix = "Unpack it on a machine with more memory."
+    return FxrpgError(str(where), f"{needed} bytes of weights must fit into memory", found, fix)
 
 
 def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as read_safetensors
 from tabulate import tabulate
 from torch import nn
 
@@ -189,9 +189,8 @@ def _setting(text: str) -> tuple[str, Any]:
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, found {text!r}")
     value = {"true": "True", "false": "False"}.get(value, value)
-    with contextlib.suppress(
-        ValueError, SyntaxError, RecursionError, MemoryError
-    ):  # the last two where it nests too deep
+    # TypeError: a list as a key; the last two: where it nests too deep
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return name, ast.literal_eval(value)
     return name, value
 
@@ -249,14 +248,15 @@ def _explain(arguments: argparse.Namespace) -> None:
 def _info(arguments: argparse.Namespace) -> None:
     contents = checkpoint.read(arguments.file)
     fields, plan = contents.fields, header.plan_from(contents.fields, 0)
+    counts = _counts(contents, plan)
     methods = [["method", _method(plan.scopes[0])]]
     if len(plan.scopes) > 1:
         methods = []
-        for i, scope in enumerate(plan.scopes):
-            dof, generated = _counts(contents, plan, {i})
+        for scope, count in zip(plan.scopes, counts, strict=True):
+            dof, generated = _counted(count)
             name = _one_line(f"scope {scope.name or '(rest)'}")
             methods.append([name, f"{_method(scope)}, {dof} degrees of freedom, {generated}"])
-    dof, generated = _counts(contents, plan, set(range(len(plan.scopes))))
+    dof, generated = _counted([sum(column) for column in zip(*counts, strict=True)])
     rows = [
         ["format", fields["format"]],
         *methods,
@@ -280,7 +280,9 @@ def _info(arguments: argparse.Namespace) -> None:
         ]
         for row in fields["table"]
     ]
-    print(tabulate(table, ["weight", "shape", *["scope"] * several, "offset", "scale"], floatfmt=".6g"))
+    texts = [0, 2] if several else [0]  # a weight may be called 1e5
+    columns = ["weight", "shape", *["scope"] * several, "offset", "scale"]
+    print(tabulate(table, columns, floatfmt=".6g", disable_numparse=texts))
 
 
 def _method(scope: Scope) -> str:
@@ -291,16 +293,22 @@ def _method(scope: Scope) -> str:
     return f"{generator.method} ({settings})" + (", frozen" if scope.frozen else "")
 
 
-def _counts(contents: header.Contents, plan: Plan, scopes: set[int]) -> tuple[str, str]:
-    """The degrees of freedom of some scopes (of a pruned state those that are left), and the weights generated from them."""
-    dof = sum(plan.scopes[i].size for i in scopes)
+def _counts(contents: header.Contents, plan: Plan) -> list[list[int]]:
+    """Of each scope the degrees of freedom (of a pruned state those that are left), generated weights, and tensors."""
+    counts = [[scope.size, 0, 0] for scope in plan.scopes]
     for state, (first, *_) in plan.states.items():
-        if plan.scope_of[first] in scopes and state + header.KEPT in contents.tensors:
-            dof += len(contents.tensors[state]) - plan.scope(first).size
-    views = [view for name, view in plan.views.items() if plan.scope_of[name] in scopes]
-    generated = sum(view.count for view in views)
+        if state + header.KEPT in contents.tensors:
+            counts[plan.scope_of[first]][0] += len(contents.tensors[state]) - plan.scope(first).size
+    for name, view in plan.views.items():
+        counts[plan.scope_of[name]][1] += view.count
+        counts[plan.scope_of[name]][2] += 1
+    return counts
+
+
+def _counted(count: list[int]) -> tuple[str, str]:
+    dof, generated, tensors = count
     each = f" ({generated / dof:.2f} each)" if dof else ""
-    return f"{dof:,}", f"{generated:,} in {len(views)} tensors{each}"
+    return f"{dof:,}", f"{generated:,} in {tensors} tensors{each}"
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -332,7 +340,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of an archive of another kind, it says in the error too
             if path.suffix == ".safetensors":
-                found = load_file(path)
+                found = read_safetensors(path.read_bytes())  # not mapped: another process may cut the file short
             else:
                 found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

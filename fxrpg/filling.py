@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrpg.errors import FxrpgError
-from fxrpg.header import Contents
+from fxrpg.header import Contents, shown
 from fxrpg.plan import Plan
 
 
@@ -18,7 +18,7 @@ def check_parameters(model: nn.Module, path: Any, plan: Plan) -> dict[str, nn.Pa
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             fix = "Run one forward pass, which initialises lazy modules, then load."
-            raise _other_model(path, f"{name!r} must be initialised", "a lazy one", fix)
+            raise _other_model(path, f"{shown(name)} must be initialised", "a lazy one", fix)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names_of: dict[int, set[str]] = {}
     for name, parameter in parameters.items():
@@ -26,13 +26,13 @@ def check_parameters(model: nn.Module, path: Any, plan: Plan) -> dict[str, nn.Pa
     for name, view in plan.views.items():
         for alias in plan.names[name]:
             if alias not in parameters:
-                raise _other_model(path, f"the model must have the parameter {alias!r}", "none")
+                raise _other_model(path, f"the model must have the parameter {shown(alias)}", "none")
             if tuple(parameters[alias].shape) != view.whole.shape:
-                must = f"{alias!r} must have shape {view.whole.shape}"
+                must = f"{shown(alias)} must have shape {view.whole.shape}"
                 raise _other_model(path, must, str(tuple(parameters[alias].shape)))
         if (tied := names_of[id(parameters[name])]) != set(plan.names[name]):
-            must = f"one parameter must have just the names {sorted(plan.names[name])}"
-            raise _other_model(path, must, str(sorted(tied)))
+            must = f"one parameter must have just the names {shown(sorted(plan.names[name]))}"
+            raise _other_model(path, must, shown(sorted(tied)))
     return parameters
 
 
@@ -42,7 +42,7 @@ def fill(model: nn.Module, contents: Contents, path: Any, own: set[str]) -> None
     source = {name: name for name in contents.tensors if name not in own} | contents.fields["aliases"]
     for name in sorted((current.keys() - own) ^ source.keys()):
         side = "the file has none" if name in current else "the model has none"
-        raise _other_model(path, f"model and file must both hold the dense tensor {name!r}", side)
+        raise _other_model(path, f"model and file must both hold the dense tensor {shown(name)}", side)
     _check_ties(path, {name: current[name] for name in source if isinstance(current[name], nn.Parameter)}, source)
     state = OrderedDict((name, current[name]) for name in current if name in own)
     made: dict[tuple[str, bool], Tensor] = {}
@@ -63,7 +63,7 @@ def fill(model: nn.Module, contents: Contents, path: Any, own: set[str]) -> None
     for name, tensor in (*model.named_buffers(), *parameters.items()):
         if tensor.is_meta:
             fix = "Build the model on a real device: the buffer is not part of its state_dict, so no file holds it."
-            raise _other_model(path, f"{name!r} must have values", "a tensor on the meta device", fix)
+            raise _other_model(path, f"{shown(name)} must have values", "a tensor on the meta device", fix)
 
 
 def _check_ties(path: Any, parameters: dict[str, nn.Parameter], source: dict[str, str]) -> None:
@@ -73,7 +73,8 @@ def _check_ties(path: Any, parameters: dict[str, nn.Parameter], source: dict[str
         for other in (first_of.setdefault(id(parameter), name), first_of.setdefault(source[name], name)):
             if (source[other] == source[name]) != (parameters[other] is parameter):
                 found = "two in the " + ("model" if source[other] == source[name] else "file")
-                raise _other_model(path, f"{other!r} and {name!r} must be one parameter in both model and file", found)
+                must = f"{shown(other)} and {shown(name)} must be one parameter in both model and file"
+                raise _other_model(path, must, found)
 
 
 def _in_place_of(old: Any, new: Tensor, name: str, path: Any) -> Tensor:
@@ -81,9 +82,9 @@ def _in_place_of(old: Any, new: Tensor, name: str, path: Any) -> Tensor:
     if name.rpartition(".")[2] == "_extra_state":
         return new  # what the module's own get_extra_state gave
     if old.shape != new.shape:
-        raise _other_model(path, f"{name!r} must have shape {tuple(new.shape)}", str(tuple(old.shape)))
+        raise _other_model(path, f"{shown(name)} must have shape {tuple(new.shape)}", str(tuple(old.shape)))
     if (old.is_floating_point(), old.is_complex()) != (new.is_floating_point(), new.is_complex()):
-        raise _other_model(path, f"{name!r} must be of a type like {new.dtype}", str(old.dtype))
+        raise _other_model(path, f"{shown(name)} must be of a type like {new.dtype}", str(old.dtype))
     device = torch.device("cpu") if old.is_meta else old.device
     placed = torch.empty_like(old, dtype=new.dtype, device=device).copy_(new)
     return nn.Parameter(placed, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else placed

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrpg.assemble import plan_of
+from fxrpg.container import DTYPES, TYPES
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator
 from fxrpg.hashing import FORMAT_VERSION
@@ -29,13 +30,6 @@ from fxrpg.view import View
 from fxrpg.weights import decode_scales
 
 WITHHELD = "withheld"
-# in the order in which safetensors lays tensors out
-DTYPES = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
-    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
-    torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 KEPT = "_kept"
 """Ending of the name under which a file holds which numbers of a sparse state are not zero, one bit each."""
@@ -79,8 +73,7 @@ class Contents:
     @property
     def frozen_dtype(self) -> torch.dtype:
         """The type of weights whose state is frozen."""
-        types = {text: dtype for dtype, text in DTYPES.items()}
-        return next((types[scope["dtype"]] for scope in self.fields["scopes"] if scope["frozen"]), torch.float32)
+        return next((TYPES[scope["dtype"]] for scope in self.fields["scopes"] if scope["frozen"]), torch.float32)
 
     def scale(self) -> Tensor:
         """The table of scales, float32."""
@@ -181,9 +174,10 @@ def plan_from(fields: dict[str, Any], seed: int) -> Plan:
         )
         for scope in fields["scopes"]
     )
-    rows, counts = fields["table"], {}
-    for i in range(len(scopes)):
-        counts[i] = [prod(row["original"] or row["shape"]) for row in rows if row["scope"] == i]
+    rows = fields["table"]
+    counts: list[list[int]] = [[] for _ in scopes]
+    for row in rows:
+        counts[row["scope"]].append(prod(row["original"] or row["shape"]))
     totals = [scope.generator.addresses(counts[i])[1] for i, scope in enumerate(scopes)]
     views = {
         row["name"]: View(

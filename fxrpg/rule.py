@@ -54,7 +54,7 @@ class Rule:
         if isinstance(self.pattern, str) and self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
-            except re.error as e:
+            except (re.error, OverflowError, RecursionError) as e:  # repeats too large, brackets too deep
                 raise FxrpgError(where, "needs a regular expression after 're:'", str(e), "Correct it.") from None
 
     @functools.cached_property

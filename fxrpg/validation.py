@@ -6,9 +6,11 @@ Digests find damage; but whoever writes a file can compute them, so what each fi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import operator
+import re
 import typing
 from collections.abc import Sequence
 from math import prod
@@ -17,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxrpg.container import DTYPES, MOST_DIMS
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator
 from fxrpg.hashing import FORMAT_VERSION, SEED_LIMIT
 from fxrpg.header import (
-    DTYPES,
     KEPT,
     WITHHELD,
     canonical,
@@ -39,7 +41,6 @@ from fxrpg.weights import decode_scales, encode_scales
 
 STATE_DTYPES = ("F64", "F32", "F16", "BF16")
 MOST_ELEMENTS = 1 << 48  # of all weights, and of one tensor: a petabyte in float32
-MOST_DIMS = 64  # torch's own limit
 _OTHER_VERSION = "Use the version of fxrpg that wrote the file."
 
 _FIELDS: dict[str, Any] = {
@@ -62,6 +63,7 @@ def parse(path: Any, metadata: dict[str, str]) -> dict[str, Any]:
     try:
         fields = json.loads(metadata["fxrpg"])
         as_written = canonical(fields) == metadata["fxrpg"]
+        digest = header_digest(fields) if type(fields) is dict else ""
     except (ValueError, RecursionError) as e:
         raise damaged(path, "the header must be JSON", str(e)) from None
     if type(fields) is not dict or type(fields.get("format")) is not int:
@@ -73,7 +75,7 @@ def parse(path: Any, metadata: dict[str, str]) -> dict[str, Any]:
         raise damaged(path, "the header must be in its one form (keys sorted, none twice, no spaces)", "another form")
     if _types(fields) not in (_FIELDS | {"seed": int}, _FIELDS | {"seed": str}):
         raise damaged(path, f"the header must have the fields {sorted([*_FIELDS, 'seed'])}, typed", shown(fields))
-    if header_digest(fields) != fields["digest"]:
+    if digest != fields["digest"]:
         raise damaged(path, "the header must match its digest", "another one")
     for scope in fields["scopes"]:
         _check_scope(path, scope)
@@ -149,9 +151,9 @@ def _check_scope(path: Any, scope: Any) -> None:
         raise damaged(path, f"each scope must have the fields {sorted(_SCOPE)}, typed", shown(scope))
     generator = _generator(path, scope)
     state = generator.frozen_name(generator.state_name) if scope["frozen"] else generator.state_name
-    named = (
-        scope["state"] == state if generator.local else scope["state"].startswith(state) and "." not in scope["state"]
-    )
+    # a graph's code names its states: nothing but letters, digits and underscores may follow
+    rest = "" if generator.local else "[0-9A-Za-z_]*"
+    named = re.fullmatch(re.escape(state) + rest, scope["state"]) is not None
     if not named or (scope["frozen"] and not generator.freezes) or scope["dtype"] not in STATE_DTYPES:
         raise damaged(path, "a scope must name its state, whether it is frozen, and its type", shown(scope))
 
@@ -160,9 +162,8 @@ def _generator(path: Any, fields: dict[str, Any]) -> Generator:
     if fields["method"] not in Generator.registry:
         must = f"the method must be one of {sorted(Generator.registry)}"
         raise FxrpgError(str(path), must, shown(fields["method"]), _OTHER_VERSION)
-    cls = Generator.registry[fields["method"]]
-    hints, must = typing.get_type_hints(cls), f"must hold settings of the method {fields['method']!r}"
-    allowed = {f.name: typing.get_args(hints[f.name]) or (hints[f.name],) for f in dataclasses.fields(cls)}
+    cls, must = Generator.registry[fields["method"]], f"must hold settings of the method {fields['method']!r}"
+    allowed = _types_of_settings(cls)
     given = _types(fields["settings"])
     if set(given) != set(allowed) or not all(given[name] in allowed[name] for name in given):
         raise damaged(path, must, shown(fields["settings"]))
@@ -170,6 +171,12 @@ def _generator(path: Any, fields: dict[str, Any]) -> Generator:
         return cls(**fields["settings"])
     except FxrpgError as e:
         raise damaged(path, must, str(e)) from None
+
+
+@functools.cache
+def _types_of_settings(cls: type[Generator]) -> dict[str, tuple[type, ...]]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: typing.get_args(hints[f.name]) or (hints[f.name],) for f in dataclasses.fields(cls)}
 
 
 def _check_row(path: Any, row: Any) -> None:
@@ -229,8 +236,11 @@ def _check_table(path: Any, fields: dict[str, Any]) -> None:
             raise damaged(path, must, shown(row["scale"]))
     if sum(prod(row["original"] or row["shape"]) for row in rows) > MOST_ELEMENTS:
         raise damaged(path, f"all weights together must have at most {MOST_ELEMENTS} elements", "more")
+    members: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        members.setdefault(row["scope"], []).append(row)
     for i, scope in enumerate(fields["scopes"]):
-        _check_places(path, scope, [row for row in rows if row["scope"] == i])
+        _check_places(path, scope, members[i])
     seed = fields["seed"]
     if not (seed == WITHHELD if type(seed) is str else 0 <= seed < SEED_LIMIT):
         raise damaged(path, "the seed must be in [0, 2^64) or withheld", shown(seed))
@@ -259,12 +269,10 @@ def _check_names(path: Any, fields: dict[str, Any]) -> None:
             raise damaged(path, "names must be lists of strings", shown(names))
     generated = [name for row in fields["table"] for name in (row["name"], *row["ties"])]
     dense = [name for names in fields["dense"].values() for name in names]
-    scopes = fields["scopes"]
-    rooted = [s["state"] for s in scopes if not _generator(path, s).local]
-    local = [
-        r["name"] + scopes[r["scope"]]["state"] for r in fields["table"] if _generator(path, scopes[r["scope"]]).local
-    ]
-    marks = [s["state"] + KEPT for s in scopes if _generator(path, s).sparse and not s["frozen"]]
+    scopes = [(_generator(path, scope), scope["state"], scope["frozen"]) for scope in fields["scopes"]]
+    rooted = [state for generator, state, _ in scopes if not generator.local]
+    local = [r["name"] + scopes[r["scope"]][1] for r in fields["table"] if scopes[r["scope"]][0].local]
+    marks = [state + KEPT for generator, state, frozen in scopes if generator.sparse and not frozen]
     states = [*rooted, *local, *marks]
     for group in ([*generated, *dense], [*generated, *fields["aliases"], *states, SCALE, DIGEST]):
         once: set[str] = set()
