@@ -20,7 +20,7 @@ from fxrpg.lowering import (
     tangent_weight,
     weight_dtype,
 )
-from fxrpg.staging import LIBRARY, autograd_kernel
+from fxrpg.staging import LIBRARY, autograd_kernel, empty_weight
 from fxrpg.view import View
 
 LIBRARY.define("generate(Tensor state, Tensor scale, str view) -> Tensor")
@@ -33,7 +33,7 @@ LIBRARY.impl("accumulate", accumulate_gradient, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fxrpg::generate", lib=LIBRARY)
 def generate_fake(state: Tensor, scale: Tensor, view: str) -> Tensor:
-    return state.new_empty(View.parse(view).shape, dtype=weight_dtype(state, scale))
+    return empty_weight(state, scale, view, weight_dtype(state, scale))
 
 
 @torch.library.register_fake("fxrpg::tangent", lib=LIBRARY)

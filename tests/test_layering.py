@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STOREYS = {
     "errors": 0, "functions": 0, "hashing": 0, "device": 0, "packing": 0, "fixed_point": 0, "least_squares": 0,
-    "straight_through": 0, "version": 0, "geometry": 0,
+    "straight_through": 0, "version": 0, "geometry": 0, "onnx_export": 0,
     "view": 1, "generator": 1, "roles": 1, "trace": 1, "basis": 1, "rule": 1, "addresses": 1,
     "plan": 2, "scopes": 2, "lowering": 2, "staging": 2, "parts": 2, "recipes": 2, "dispatch": 2, "fusing": 2, "tiles": 2,
     "epilogue": 2, "folding": 2,
