@@ -14,7 +14,10 @@ import fxrpg
 from fxrpg import FxrpgError
 
 # the exporter's own: what torch has deprecated of its parts
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 EVERY = [fxrpg.Rule("*", "generate")]
 
@@ -36,7 +39,7 @@ CASES = {"cnn": (cnn, (2, 3, 12, 12)), "encoder": (encoder, (2, 5, 32))}
 METHODS = {"ring": {"dof": 100}, "pranc": {"dof": 20, "method": "pranc"}, "pemn": {"dof": 0.1, "method": "pemn"}}
 
 
-@pytest.mark.parametrize(("case", "method"), [("cnn", "ring"), ("cnn", "pemn"), ("encoder", "ring"), ("encoder", "pranc")])
+@pytest.mark.parametrize(("case", "method"), [("cnn", "ring"), ("cnn", "pemn"), ("encoder", "pranc")])
 def test_a_materialized_model(case, method, tmp_path):
     torch.manual_seed(0)
     build, shape = CASES[case]
