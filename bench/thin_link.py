@@ -169,7 +169,8 @@ class Row:
 
 
 def send(link: Link, steps: int) -> Iterator[Row]:
-    """Send each model, then what some more steps changed in it."""
+    """Send each model, then what some more steps changed in it. The receiver's own first weights are others."""
+    torch.manual_seed(SEED)
     for name in PLANS:
         before = trained(build(name), steps)
         after = trained(before, steps, first=steps)
