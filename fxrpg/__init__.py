@@ -13,6 +13,7 @@ from fxrpg.api import materialize, transform  # noqa: E402
 from fxrpg.channels import prune_channels  # noqa: E402
 from fxrpg.checkpoint import load, save  # noqa: E402
 from fxrpg.compact import freeze, prune, quantize, truncate  # noqa: E402
+from fxrpg.delta import apply_delta, delta  # noqa: E402
 from fxrpg.discovery import announce as _announce  # noqa: E402
 from fxrpg.errors import FxrpgError  # noqa: E402
 from fxrpg.explain import explain  # noqa: E402
@@ -39,6 +40,8 @@ __all__ = [
     "Ring",
     "Rule",
     "__version__",
+    "apply_delta",
+    "delta",
     "explain",
     "fit",
     "freeze",

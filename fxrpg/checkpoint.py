@@ -48,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, withhold_seed: bool 
         if tensor.is_meta:
             fix = "Load a file or a state_dict into the model first."
             raise FxrpgError(f"save, {name}", "must hold values", "a tensor on the meta device", fix)
-    tensors = {name: _plain(tensor) for name, tensor in held.items()}
+    tensors = {name: plain_tensor(tensor) for name, tensor in held.items()}
     header = header_of(model, held, aliases, withhold_seed=withhold_seed, digest=tensors_digest(tensors))
     _check_readable(path, canonical(header), tensors)
     write_tensors(path, tensors, {"fxrpg": canonical(header)})
@@ -229,7 +229,7 @@ def _check_readable(path: Any, text: str, tensors: dict[str, Tensor]) -> None:
         raise FxrpgError(f"save, {path}", e.args[1], e.args[2], fix) from None
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain_tensor(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, as its bytes lie in a file."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     whole = tensor.is_contiguous() and tensor.numel() > 1  # one element is contiguous whatever its stride
@@ -241,7 +241,7 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        plain = _plain(tensor)
+        plain = plain_tensor(tensor)
         result[name] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
         seen.add(plain.untyped_storage().data_ptr())
     return result

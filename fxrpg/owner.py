@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxrpg.errors import FxrpgError
 from fxrpg.handle import Handle
 from fxrpg.lowering import LAYERS, Generated
+from fxrpg.onnx_export import refuse_onnx_tracing
 from fxrpg.plan import Plan
 from fxrpg.surroundings import compiled_elsewhere, traced_symbolically
 from fxrpg.trace import Trace
@@ -165,6 +166,7 @@ def read(owner: nn.Module, attribute: str) -> Tensor:
     if torch.compiler.is_compiling() and not compiled_elsewhere():
         return torch.ops.fxrpg.generate.default(generated.state, generated.scale, generated.view)
     link: Any = owner._fxrpg_link
+    refuse_onnx_tracing()
     if traced_symbolically():
         raise FxrpgError(
             link.weights[attribute][0],

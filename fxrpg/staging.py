@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxrpg import fusing
 from fxrpg.lowering import current_mode, lowering_mode
+from fxrpg.onnx_export import refuse_onnx_export
 from fxrpg.recipes import generated_again
 from fxrpg.recording import autograd_kernel
 from fxrpg.view import View
@@ -140,7 +141,7 @@ class _Staged:
         return own_tensor(self._run(args, generate_weight) if out is None else out)
 
     def forward_fake(self, *args: Any) -> Tensor:
-        return own_tensor(self._run(args, _empty_weight))
+        return own_tensor(self._run(args, empty_weight))
 
     def plain(self, *args: Any) -> Tensor:
         return self._run(args, plain_weight)
@@ -164,7 +165,7 @@ class _Staged:
         return tuple(grads)
 
     def backward_fake(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return self._run_backward(grad, args, _empty_weight, _empty_state)
+        return self._run_backward(grad, args, empty_weight, _empty_state)
 
     def _run_backward(
         self, grad: Tensor, args: Any, produce: Callable[..., Tensor], accumulate: Callable[..., Tensor]
@@ -253,7 +254,9 @@ def own_tensor(out: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(out, out.shape) if out._is_view() else out
 
 
-def _empty_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype) -> Tensor:
+def empty_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype) -> Tensor:
+    """What stands for a generated weight where ops are traced on tensors without values."""
+    refuse_onnx_export()
     return state.new_empty(View.parse(text).shape, dtype=dtype)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fxrpg.lowering import current_mode, lowering_mode
 from fxrpg.recording import autograd_kernel
-from fxrpg.staging import LIBRARY
+from fxrpg.staging import LIBRARY, empty_weight
 from fxrpg.view import View
 from fxrpg.weights import (
     accumulate_gradient,
@@ -35,7 +35,7 @@ LIBRARY.impl("accumulate", accumulate_gradient, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fxrpg::generate", lib=LIBRARY)
 def generate_fake(state: Tensor, scale: Tensor, view: str) -> Tensor:
-    return state.new_empty(View.parse(view).shape, dtype=weight_dtype(state, scale))
+    return empty_weight(state, scale, view, weight_dtype(state, scale))
 
 
 @torch.library.register_fake("fxrpg::tangent", lib=LIBRARY)

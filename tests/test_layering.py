@@ -14,6 +14,7 @@ STOREYS = {
     "building": 0, "networks": 0, "ranks": 0,
     "stopping": 0, "batches": 0, "snapshots": 0, "journal": 0, "pictures": 0,
     "collecting": 1, "view": 1, "generator": 1, "roles": 1, "trace": 1, "basis": 1, "rule": 1, "addresses": 1,
+    "onnx_export": 0,
     "plan": 2, "scopes": 2, "lowering": 2, "staging": 2, "parts": 2, "recipes": 2, "dispatch": 2, "fusing": 2, "tiles": 2,
     "epilogue": 2, "folding": 2, "weights": 2, "recording": 2,
     "surroundings": 3, "handle": 3, "several": 3, "owner": 3, "regions": 3, "generators": 3,
@@ -23,6 +24,7 @@ STOREYS = {
     "validation": 6, "filling": 6, "checkpoint": 6, "channels": 6, "channel_groups": 6, "compact": 6, "recurrence": 6,
     "training": 6, "ledger": 6, "fit": 6, "explain": 6, "dynamo": 6, "discovery": 6, "pretrained": 6,
     "schedules": 6, "steps": 6, "trainer": 6,
+    "delta": 6, "hub": 6,
     "cli": 7, "demo": 7, "__init__": 7, "__main__": 7,
 }  # fmt: skip
 FILES = [
