@@ -19,7 +19,7 @@ from fxrpg import checkpoint, cli, demo
 from fxrpg.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "explain", "info", "pack", "unpack", "verify", "bench")
+COMMANDS = ("demo", "explain", "info", "pack", "unpack", "verify", "sweep", "bench")
 MODULE = "models_of_a_user"
 SOURCE = """
 import sys

@@ -27,7 +27,7 @@ def modules(*folders: str) -> list[str]:
     ]
 
 
-MODULES = modules("", "generators", "kernels", "passes")
+MODULES = modules("", "generators", "kernels", "passes", "sweep")
 KERNELS = modules("tiles", "kernels/fused")
 """They need Triton."""
 TRITON = importlib.util.find_spec("triton") is not None
