@@ -65,7 +65,7 @@ def gap(dense: Sequence[float], small: Sequence[float]) -> Gap:
         return Gap(points, -math.inf, math.inf)
     parts = [(variance(runs) / len(runs), len(runs) - 1) for runs in (dense, small)]
     total = sum(part for part, _ in parts)
-    if not total:
+    if total < 1e-18:  # they differ by rounding, if at all
         return Gap(points, points, points)
     free = total**2 / sum(part**2 / n for part, n in parts)
     half = float(stdtrit(free, 0.95)) * math.sqrt(total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def _figure(found: Outcome, title: str, palette: Palette, size: tuple[float, flo
     dofs = [size.dof for size in found.sizes if size.dof is not None]
     fraction = ", fraction of the weights" if any(isinstance(dof, float) for dof in dofs) else ""
     axes.set(xscale="log", yscale="log", xlabel=f"degrees of freedom{fraction}", ylabel="test error")
+    axes.set(xlim=_limits(dofs), ylim=_limits(_heights(found)))
     figure.suptitle(title, color=palette.ink, parse_math=False)
     _draw_runs(axes, found, palette)
     _draw_dense(axes, found, palette)
@@ -65,6 +67,21 @@ def _figure(found: Outcome, title: str, palette: Palette, size: tuple[float, flo
     columns = 2 if size == WIDE else 1
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, labelcolor=palette.ink, fontsize=9)
     return figure
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """Where a logarithmic axis begins and ends: with some room about the values, be they one."""
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    room = max(1.3, (high / low) ** 0.08)
+    return low / room, high * room
+
+
+def _heights(found: Outcome) -> list[float]:
+    """Every error that is drawn."""
+    errors = [100 - accuracy for size in found.all for accuracy in size.accuracies]
+    errors += [100 - size.mean + (size.std or 0) for size in found.all]
+    limit = [100 - found.dense.mean + found.within] if found.dense else []
+    return [max(error, _least_error(found)) for error in errors + limit]
 
 
 def _draw_runs(axes: Any, found: Outcome, palette: Palette) -> None:
@@ -112,7 +129,6 @@ def _label_axes(axes: Any, found: Outcome, palette: Palette, size: tuple[float, 
     chosen = [tick for tick in ticks if low <= tick <= high]
     axes.set_yticks(chosen, [f"{tick:g}%" for tick in chosen])
     axes.minorticks_off()
-    axes.margins(x=0.08)
     axes.grid(color=palette.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_facecolor(palette.paper)

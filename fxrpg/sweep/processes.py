@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import IO
@@ -53,7 +53,7 @@ class Failure:
     reason: str
 
 
-def run_all(task: Task, jobs: Sequence[Job], *, parallel: int, threads: int) -> Iterator[Done | Failure]:
+def run_all(task: Task, jobs: Sequence[Job], *, parallel: int, threads: int) -> Generator[Done | Failure]:
     """Run all jobs, `parallel` at a time; gives each as it ends. When left early, what runs is killed.
 
     Raises:
@@ -116,7 +116,8 @@ class _Running:
 
 def _outcome(task: Task, job: Job, code: int, out: str, err: str, seconds: float) -> Done | Failure:
     """What a program's exit code and output mean."""
-    last = " / ".join(line.strip() for line in err.splitlines()[-3:] if line.strip())[-400:] or "nothing"
+    said = [line.strip() for line in err.splitlines() if line.strip(" \t^~")]  # not what marks a place in a traceback
+    last = " / ".join(said[-3:])[-400:] or "nothing"
     if code:
         ended = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
         return Failure(job, f"{ended}; its stderr ends with: {last}")

@@ -62,7 +62,7 @@ def read(path: Path) -> list[Row]:
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"the columns {','.join(reader.fieldnames or ['none'])[:100]}")
             rows = [_parsed(reader.line_num, row) for row in reader]
-        if len({row.job for row in rows}) < len(rows):
+        if len({str(row.job) for row in rows}) < len(rows):
             raise ValueError("a run that is there twice")
     except (ValueError, csv.Error) as e:
         fix = "Repair it by hand, or choose another --out."
@@ -85,17 +85,21 @@ def _parsed(line: int, row: dict[str, Any]) -> Row:
     return Row(**row)
 
 
-def check_same(rows: Iterable[Row], settings: dict[str, Any], path: Path) -> None:
-    """Refuse to mix runs of different settings in one file."""
+def check_same(rows: Iterable[Row], settings: dict[str, Any], kind: type, path: Path) -> None:
+    """Refuse to mix runs of different settings in one file, or sizes that are counts and fractions."""
+    fix = "Choose another --out for other settings, or pass the same ones to go on."
     for row in rows:
         for name in SAME:
             found, wanted = getattr(row, name), settings[name]
+            if found != wanted and name == "code":
+                must = "must hold runs of the same program"
+                raise FxrpgError(str(path), must, "another version of it", fix)
             if found != wanted:
                 must = f"must hold runs of the same settings ({name}: {wanted})"
-                fix = "Choose another --out for other settings, or pass the same ones to go on."
-                if name == "code":
-                    must, found = "must hold runs of the same program", "another version of it"
-                raise FxrpgError(str(path), must, str(found), fix)
+                raise FxrpgError(str(path), must, str(found) or "none", fix)
+        if row.dof is not None and type(row.dof) is not kind:
+            must = "must hold sizes of one kind, whole numbers or fractions"
+            raise FxrpgError(str(path), must, f"DoF {row.dof!r} beside those of --dof", fix)
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

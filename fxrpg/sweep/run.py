@@ -91,14 +91,14 @@ def sweep(task: Task, grid: Grid) -> int:
     _check_packages()
     from filelock import FileLock, Timeout
 
-    common = _common(task, grid)
+    common, kind = _common(task, grid), type(grid.dofs[0])
     path = grid.out / "results.csv"
-    results.check_same(results.read(path), common, path)
+    results.check_same(results.read(path), common, kind, path)
     grid.out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(grid.out / ".lock", timeout=0):
             rows = results.read(path)
-            results.check_same(rows, common, path)
+            results.check_same(rows, common, kind, path)
             failures = _run_missing(task, grid, common, rows, path)
             return _conclude(task, grid, rows, failures)
     except Timeout:
@@ -153,9 +153,14 @@ def _run_missing(task: Task, grid: Grid, common: dict[str, Any], rows: list[Row]
 
 
 def _row(common: dict[str, Any], done: Done) -> Row:
-    measured = {"accuracy": done.accuracy, "seconds": round(done.seconds, 2)}
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Row(**common, **measured, dof=done.job.dof, seed=done.job.seed, finished=now)
+    return Row(
+        **common,
+        dof=done.job.dof,
+        seed=done.job.seed,
+        accuracy=done.accuracy,
+        seconds=round(done.seconds, 2),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _conclude(task: Task, grid: Grid, rows: Sequence[Row], failures: Sequence[Failure]) -> int:
