@@ -92,7 +92,7 @@ def test_a_script(capsys):
         assert float(row["accuracy"]) == 1 - error * (1 + 0.05 * int(row["seed"]))
         assert (row["task"], row["arguments"], row["threads"], row["method"]) == ("toy.py", "[]", "3", "")
     assert "error = 41% * DoF^-0.300" in out
-    assert "DoF 10,000 is the smallest size that is within 1 point of dense: 0.53 points below" in out
+    assert "DoF 10,000 is the smallest size that is within 1 point of dense: 0.54 points below" in out
     assert Path("out/accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in Path("out").iterdir()} - {".lock"} == {"results.csv", "accuracy.png", "report.html"}
 

@@ -74,7 +74,7 @@ class _Running:
 
     def __init__(self, threads: int) -> None:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        self._environment = os.environ | dict.fromkeys(names, str(threads)) | {"PYTHONUNBUFFERED": "1"}
+        self._environment = os.environ | dict.fromkeys(names, str(threads))
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopped = False

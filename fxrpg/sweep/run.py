@@ -137,7 +137,7 @@ def _run_missing(task: Task, grid: Grid, common: dict[str, Any], rows: list[Row]
     failures = []
     runs = run_all(task, missing, parallel=grid.parallel, threads=grid.threads)
     try:
-        with contextlib.closing(runs), tqdm(total=len(missing), unit="run", disable=None) as bar:
+        with contextlib.closing(runs), tqdm(total=len(missing), unit="run", disable=None if missing else True) as bar:
             for done in runs:
                 if isinstance(done, Failure):
                     failures.append(done)
