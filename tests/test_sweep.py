@@ -92,7 +92,7 @@ def test_a_script(capsys):
         assert float(row["accuracy"]) == 1 - error * (1 + 0.05 * int(row["seed"]))
         assert (row["task"], row["arguments"], row["threads"], row["method"]) == ("toy.py", "[]", "3", "")
     assert "error = 41% * DoF^-0.300" in out
-    assert "DoF 10,000 is the smallest size that is within 1 point of dense: 0.54 points below" in out
+    assert "DoF 10,000 is the smallest size that is surely within 1 point of dense: 0.54 points below" in out
     assert Path("out/accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in Path("out").iterdir()} - {".lock"} == {"results.csv", "accuracy.png", "report.html"}
 
@@ -104,7 +104,7 @@ def test_what_is_there_is_not_run_again_and_the_grid_may_grow(capsys):
     code, out, _ = call(capsys, *TOY, "--within", 30, "--jobs", 1)
     assert (code, len(logged())) == (0, count)
     assert "0 of 8 runs to do" in out
-    assert "DoF 100 is the smallest size that is within 30 points" in out
+    assert "DoF 100 is the smallest size that is surely within 30 points" in out
     assert Path("out/results.csv").read_text() == first
     assert Path("out/report.html").read_bytes() != report
     assert call(capsys, *TOY)[0] == 0

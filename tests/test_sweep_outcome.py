@@ -105,8 +105,8 @@ def test_the_smallest_size_that_is_surely_within():
     assert verdicts(found) == "no yes yes"
     assert found.advice.dof == 100
     assert found.advice.text == (
-        "DoF 100 is the smallest size that is within 1 point of dense: 0.20 points below dense in the mean, and with 95% "
-        "confidence at most 0.51 below."
+        "DoF 100 is the smallest size that is surely within 1 point of dense: 0.20 points below dense in the mean, "
+        "and with 95% confidence at most 0.51 below."
     )
 
 
@@ -117,7 +117,7 @@ def test_noise_that_leaves_smaller_sizes_open():
     assert verdicts(found) == "no open open yes"
     assert found.advice.dof == 1000
     assert "with 95% confidence not below it" in found.advice.text
-    assert found.advice.text.endswith("The noise of 3 seeds leaves open whether DoF 100 and DoF 200 are within too.")
+    assert found.advice.text.endswith("The noise of 3 seeds leaves open whether DoF 100 and DoF 200 are too.")
 
 
 def test_noise_that_does_not_allow_to_say():
@@ -148,6 +148,13 @@ def test_none_is_within():
     assert found.advice.text.startswith(
         "No size is within 0.5 points of dense. DoF 100 comes nearest: 6.67 points below"
     )
+
+
+def test_seeds_that_change_nothing_are_noted():
+    found = judged(1, (98, 98), d10=(97, 97), d100=(90, 90))
+    assert verdicts(found) == "yes no"
+    assert found.advice.text.endswith("Each size gave the same accuracy with all seeds: does the script use --seed?")
+    assert "--seed" not in judged(1, (98, 98), d10=(97, 97.5)).advice.text
 
 
 def test_nothing_to_compare_with():

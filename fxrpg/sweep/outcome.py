@@ -97,27 +97,26 @@ def advise(dense: Size | None, sizes: Sequence[Size], within: float) -> Advice:
     if dense is None or not sizes:
         missing = "dense baseline" if dense is None else "small model"
         return Advice(dof=None, certain=False, text=f"No recommendation: there is no {missing} to compare with.")
-    near = f"within {points(within)} of dense"
+    near, seeds = f"within {points(within)} of dense", _seeds(dense, sizes)
     sure = next((size for size in sizes if size.within == "yes"), None)
     before = sizes if sure is None else sizes[: sizes.index(sure)]
-    open_sizes = [size for size in before if size.within == "open"]
+    left = [size for size in before if size.within == "open"]
     if sure:
-        text = f"DoF {sure.name} is the smallest size that is {near}: {_measured(sure)}."
-        if open_sizes:
-            verb = "is" if len(open_sizes) == 1 else "are"
-            text += f" The noise of {_runs(dense, sizes)} leaves open whether {_names(open_sizes)} {verb} within too."
-        return Advice(dof=sure.dof, certain=True, text=text)
-    if not open_sizes:
+        text = f"DoF {sure.name} is the smallest size that is surely {near}: {_measured(sure)}."
+        if left:
+            text += f" The noise of {seeds} leaves open whether {_names(left)} {'is' if len(left) == 1 else 'are'} too."
+    elif left:
+        means = [size for size in left if size.gap and size.gap.points <= within]
+        by_means = f"the smallest is DoF {means[0].name}: {_measured(means[0])}" if means else "none is"
+        text = f"The noise of {seeds} does not allow to say which size is {near}. By the means alone, {by_means}."
+        text += f" Open: {_names(left)}. More seeds would tell."
+    else:
         best = max(sizes, key=lambda size: size.mean)
-        text = (
-            f"No size is {near}. DoF {best.name} comes nearest: {_measured(best)}. Try larger sizes or another method."
-        )
-        return Advice(dof=None, certain=True, text=text)
-    means = [size for size in open_sizes if size.gap and size.gap.points <= within]
-    text = f"The noise of {_runs(dense, sizes)} does not allow to say which size is {near}. By the means alone, "
-    text += f"the smallest is DoF {means[0].name}: {_measured(means[0])}" if means else "none is"
-    text += f". Open: {_names(open_sizes)}. More seeds would tell."
-    return Advice(dof=None, certain=False, text=text)
+        text = f"No size is {near}. DoF {best.name} comes nearest: {_measured(best)}."
+        text += " Try larger sizes or another method."
+    if all(size.std == 0 for size in (dense, *sizes)):
+        text += " Each size gave the same accuracy with all seeds: does the script use --seed?"
+    return Advice(dof=sure.dof if sure else None, certain=bool(sure) or not left, text=text)
 
 
 def _names(sizes: Sequence[Size]) -> str:
@@ -125,7 +124,7 @@ def _names(sizes: Sequence[Size]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _runs(dense: Size, sizes: Sequence[Size]) -> str:
+def _seeds(dense: Size, sizes: Sequence[Size]) -> str:
     fewest = min(len(size.accuracies) for size in (dense, *sizes))
     return "a single seed" if fewest == 1 else f"{fewest} seeds"
 

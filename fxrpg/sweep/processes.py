@@ -1,6 +1,6 @@
 """Runs a sweep's programs in parallel, each in a process of its own with its own number of threads.
 
-A process ends with the sweep, however the sweep ends; a run that fails does not stop the others.
+A process ends with the sweep, on Linux even when the sweep is killed; a run that fails does not stop the others.
 """
 
 from __future__ import annotations
