@@ -144,7 +144,7 @@ def _run_missing(task: Task, grid: Grid, common: dict[str, Any], rows: list[Row]
                 else:
                     rows.append(_row(common, done))
                     results.write(path, rows)
-                bar.set_postfix_str(f"{done.job}" + (f"; {len(failures)} failed" if failures else ""))
+                bar.set_postfix_str(f"{done.job}" + (f"; {len(failures)} failed" if failures else ""), refresh=False)
                 bar.update()
     except KeyboardInterrupt:
         print(f"{len(rows)} runs are in {path}; the same command goes on from there", file=sys.stderr)
