@@ -62,8 +62,8 @@ class Outcome:
 
 
 def shown(dof: int | float) -> str:
-    """A size as people read it: 16,384 or 0.01."""
-    return f"{dof:,}" if isinstance(dof, int) else f"{dof:g}"
+    """A size as people read it: 16,384, 0.01 or 1.0 (all of them)."""
+    return f"{dof:,}" if isinstance(dof, int) else repr(dof)
 
 
 def points(number: float) -> str:
