@@ -1,4 +1,4 @@
-"""The command line: `fxrpg demo | explain | info | pack | unpack | verify | bench`."""
+"""The command line: `fxrpg demo | explain | info | pack | unpack | verify | sweep | bench`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fxrpg.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after a mistake of the user's, told in one line on stderr; `bench` has 1 too."""
+    """Run one command. Returns 0, or 2 after a mistake of the user's, told in one line on stderr. `sweep`, `bench`: 1 too."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot write
     arguments = _parser().parse_args(argv)
@@ -124,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, help="the seed, if the file withholds it")
     command.add_argument("--model", help="also load the file into this model (package.module:callable)")
 
+    _add_sweep(commands)
+
     example = "fxrpg bench --quick --only 'layer/*'"
     command = _command(commands, "bench", _bench, "time layers, models and bases, each against a baseline", example)
     command.add_argument("--quick", action="store_true", help="a few cases: under 2 minutes in place of 8")
@@ -135,6 +137,38 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, help="folder for CSV, tables and pictures (default: bench/results)")
     command.add_argument("--seconds", type=float, help="stop after so many seconds (over 0), whatever is left")
     return parser
+
+
+def _add_sweep(commands: Any) -> None:
+    example = "fxrpg sweep --script train.py --dof 1000,10000,100000 --seeds 5 --within 0.5 --out sizes -- --epochs 10"
+    summary = "train a grid of sizes and seeds, resumably; fit a power law and recommend a size"
+    command = _command(commands, "sweep", _sweep, summary, example)
+    command.add_argument("--dof", type=_numbers, help="sizes, separated by commas (default, for digits: by method)")
+    command.add_argument("--seeds", type=int, default=3, help="runs of each size (default: %(default)s)")
+    command.add_argument(
+        "--script",
+        type=Path,
+        help="train with this script instead of on digits; it is run as `python SCRIPT --dof D --seed S ARGUMENTS`, without "
+        "--dof for the dense baseline, and prints a line such as `accuracy: 0.93`, a fraction",
+    )
+    command.add_argument("arguments", nargs="*", metavar="ARGUMENTS", help="for the script; write them after --")
+    command.add_argument("--method", help="of the digits: ring, pranc or pemn (default: ring)")
+    command.add_argument(
+        "--set", action="append", type=_setting, metavar="NAME=VALUE", help="a setting of the method; repeatable"
+    )
+    command.add_argument("--epochs", type=int, help="of the digits: passes over the images (default: 20)")
+    command.add_argument("--no-dense", action="store_true", help="leave the dense baseline out")
+    command.add_argument(
+        "--within", type=float, default=1.0, help="points of accuracy below dense that are fine (default: %(default)s)"
+    )
+    command.add_argument("--jobs", type=int, help="runs at a time (default: one a core; 1 if a run fills a GPU)")
+    command.add_argument("--threads", type=int, default=1, help="CPU threads of each run (default: %(default)s)")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fxrpg-sweep"),
+        help="folder for results, resumed if there (default: %(default)s)",
+    )
 
 
 def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
@@ -182,6 +216,10 @@ def _number(text: str) -> int | float:
         with contextlib.suppress(ValueError):
             return kind(text)
     raise argparse.ArgumentTypeError(f"must be a number, found {text!r}")
+
+
+def _numbers(text: str) -> tuple[int | float, ...]:
+    return tuple(_number(part) for part in text.split(","))
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -385,6 +423,34 @@ def _verify(arguments: argparse.Namespace) -> None:
         checkpoint.load(build(arguments.model), arguments.file, seed=arguments.seed)
     loaded = f", and it loads into {arguments.model}" if arguments.model else ""
     print(f"{arguments.file}: every byte verified, the random functions draw as they did when it was written{loaded}")
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from fxrpg.sweep import run, task  # loads what only a sweep needs
+
+    for_digits = {"--method": arguments.method, "--set": arguments.set, "--epochs": arguments.epochs}
+    generator = _configured(arguments.method or "ring", dict(arguments.set or ()))
+    sizes = arguments.dof or (() if arguments.script else task.DEFAULT_SIZES.get(generator.method, ()))
+    grid = run.Grid(
+        out=arguments.out,
+        dofs=sizes,
+        seeds=arguments.seeds,
+        dense=not arguments.no_dense,
+        within=arguments.within,
+        jobs=arguments.jobs,
+        threads=arguments.threads,
+    )
+    if arguments.script is None:
+        if arguments.arguments:
+            fix = "Pass --script, or leave them out."
+            raise FxrpgError("ARGUMENTS", "are for a script", " ".join(arguments.arguments), fix)
+        epochs = 20 if arguments.epochs is None else arguments.epochs
+        return run.sweep(task.digits_task(generator, epochs, grid.dofs), grid)
+    for option, value in for_digits.items():
+        if value is not None:
+            fix = f"Leave it out, or write what the script takes after --, such as -- {option} ..."
+            raise FxrpgError(option, "is a setting of the digits, and --script decides for itself", repr(value), fix)
+    return run.sweep(task.script_task(arguments.script, arguments.arguments), grid)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from fxrpg.cli import main
 from fxrpg.demo import digits
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "explain", "info", "pack", "unpack", "verify", "bench")
+COMMANDS = ("demo", "explain", "info", "pack", "unpack", "verify", "sweep", "bench")
 MODULE = "models_of_a_user"
 SOURCE = """
 import sys

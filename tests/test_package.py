@@ -27,7 +27,7 @@ def modules(*folders: str) -> list[str]:
     ]
 
 
-MODULES = modules("", "demo", "generators", "kernels", "passes")
+MODULES = modules("", "demo", "generators", "kernels", "passes", "sweep")
 KERNELS = modules("tiles", "kernels/fused")
 """They need Triton."""
 TRITON = importlib.util.find_spec("triton") is not None
@@ -159,6 +159,7 @@ def test_sdist_and_wheel(checkout, tmp_path):
     assert CARDS
     held = [module.replace(".", "/") + ".py" for module in MODULES + KERNELS]
     held += [f"fxrpg/kernels/configs/{card}.json" for card in CARDS]
+    held.append("fxrpg/sweep/report.html")
     assert not set(held) - names
     assert "fxrpg/py.typed" in names
     assert not any(name.startswith(("kernels/", "passes/", "tests/")) for name in names), "no top-level `kernels`"
