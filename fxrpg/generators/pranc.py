@@ -44,6 +44,7 @@ class Pranc(Generator):
     method: ClassVar[str] = "pranc"
     state_name: ClassVar[str] = "fxrpg_alpha"
     pair: ClassVar[str] = "fxrpg.kernels.fused.pranc"
+    decays: ClassVar[bool] = False
 
     law: str = "rademacher"
     norms: bool = False
