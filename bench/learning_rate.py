@@ -76,6 +76,10 @@ class Case:
     last: int
 
     @property
+    def name(self) -> str:
+        return f"{self.model}, {self.optimizer}"
+
+    @property
     def multipliers(self) -> list[float]:
         return [4.0**power for power in range(self.first, self.last + 1)]
 
@@ -144,40 +148,59 @@ def power(uses: Sequence[float], tops: Sequence[float]) -> float:
 
 
 def following(
-    multipliers: Sequence[float], uses: Sequence[float], accuracies: Sequence[Sequence[float]], p: float
+    multipliers: Sequence[float],
+    uses: Sequence[float],
+    accuracies: Sequence[Sequence[float]],
+    p: float,
+    constant: float | None = None,
 ) -> float:
-    """The mean accuracy over sizes under the rule of power `p`, with the constant that suits it best.
+    """The mean accuracy over sizes under the rule of power `p`, with a constant c or, if None, the one that suits it best.
 
     Args:
-        accuracies: for each size, of each multiplier; between those that were tried, interpolated over logarithms.
+        accuracies: for each size, of each multiplier; between those that were tried, interpolated over logarithms, and
+            beyond them that of the last.
     """
     x, shifts = np.log2(multipliers), -p * np.log2(uses)
-    constants = np.linspace(x[0] - shifts.min(), x[-1] - shifts.max(), 61)  # those that leave nothing outside the grid
+    # those that leave nothing outside the grid
+    tried = np.linspace(x[0] - shifts.min(), x[-1] - shifts.max(), 61)
+    constants = tried if constant is None else np.log2([constant])
     rows = [np.interp(constants + shift, x, row) for shift, row in zip(shifts, accuracies, strict=True)]
     return float(np.mean(rows, axis=0).max())
 
 
 def report(rows: list[dict[str, str]]) -> str:
-    """The tables: best multipliers and their power; accuracy under the rule of several powers, and without any."""
+    """The tables: best multipliers and their power; accuracy under the rule of several powers, and without any.
+
+    A case counts with the seeds for which all its runs are there; the error of a power is that of its mean over them.
+    """
     tops, rules = [], []
     for case in CASES:
-        some = [row for row in rows if (row["model"], row["optimizer"]) == (case.model, case.optimizer)]
-        found = {(row["dof"], float(row["multiplier"]), int(row["seed"])): float(row["accuracy"]) for row in some}
-        uses = [next(float(row["uses"]) for row in some if row["dof"] == _text(dof)) for dof in SIZES]
-        grid = np.array([[[found[_text(d), m, s] for m in case.multipliers] for d in SIZES] for s in range(SEEDS)])
-        best_of = [[best(case.multipliers, row) for row in seed] for seed in (*grid, grid.mean(0))]
-        powers = [power(uses, line) for line in best_of[:-1]]
-        error = statistics.stdev(powers) / math.sqrt(SEEDS)
-        name = f"{case.model}, {case.optimizer}"
-        fitted = f"{power(uses, best_of[-1]):.2f} +- {error:.2f}"
-        tops.append([name, *(f"{2**top:.2g}" for top in best_of[-1]), fitted])
-        unruled = [np.interp(0, np.log2(case.multipliers), row) for row in grid.mean(0)]
-        means = [following(case.multipliers, uses, grid.mean(0), p) for p in POWERS]
-        rules.append([name, np.mean(unruled), *means, grid.mean(0).max(1).mean()])
+        uses, grid = _grid(case, rows)
+        if not len(grid):
+            continue
+        mean = grid.mean(0)
+        own = [power(uses, [best(case.multipliers, row) for row in seed]) for seed in grid]
+        error = f" +- {statistics.stdev(own) / math.sqrt(len(own)):.2f}" if len(own) > 1 else ""
+        top = [best(case.multipliers, row) for row in mean]
+        tops.append([case.name, str(len(own)), *(f"{2**x:.2g}" for x in top), f"{power(uses, top):.2f}{error}"])
+        for constant in (1.0, None):
+            means = [following(case.multipliers, uses, mean, p, constant) for p in POWERS]
+            rules.append([case.name, "best" if constant is None else constant, *means, mean.max(1).mean()])
     sizes = ["dense" if dof is None else f"{dof:,}" for dof in SIZES]
-    first = tabulate(tops, ["best multiplier", *sizes, "power p"], disable_numparse=True)
-    headers = ["mean accuracy, %", "multiplier 1", *(f"p = {p:g}" for p in POWERS), "best for each"]
+    first = tabulate(tops, ["best multiplier", "seeds", *sizes, "power p"], disable_numparse=True)
+    headers = ["mean accuracy, %", "c", *(f"p = {p:g}" for p in POWERS), "best for each"]
     return f"{first}\n\n{tabulate(rules, headers, floatfmt='.1f')}"
+
+
+def _grid(case: Case, rows: list[dict[str, str]]) -> tuple[list[float], np.ndarray]:
+    """M / N of each size, and the accuracies [seeds, sizes, multipliers] of the seeds that are complete."""
+    some = [row for row in rows if (row["model"], row["optimizer"]) == (case.model, case.optimizer)]
+    found = {(row["dof"], float(row["multiplier"]), int(row["seed"])): float(row["accuracy"]) for row in some}
+    uses = {row["dof"]: float(row["uses"]) for row in some}
+    places = [[(_text(dof), multiplier) for multiplier in case.multipliers] for dof in SIZES]
+    seeds = [s for s in range(SEEDS) if all((*place, s) in found for line in places for place in line)]
+    grid = np.array([[[found[*place, seed] for place in line] for line in places] for seed in seeds])
+    return [uses.get(_text(dof), math.nan) for dof in SIZES], grid
 
 
 def _text(dof: int | None) -> str:
@@ -192,13 +215,13 @@ def read() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def measure(jobs: int) -> None:
-    """Run what is missing, `jobs` models at a time."""
+def measure(jobs: int, only: str) -> None:
+    """Run what is missing, `jobs` models at a time; only cases whose name holds the text `only`."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     stamp = {"commit": commit, "torch": torch.__version__.partition("+")[0], "date": datetime.date.today().isoformat()}
     done = {tuple(row[key] for key in KEY) for row in read()}
-    wanted = [(c, d, m, s) for s in range(SEEDS) for c in CASES for d in SIZES for m in c.multipliers]
+    wanted = [(c, d, m, s) for s in range(SEEDS) for c in CASES if only in c.name for d in SIZES for m in c.multipliers]
     missing = [(c, d, m, s) for c, d, m, s in wanted if (c.model, c.optimizer, _text(d), str(m), str(s)) not in done]
     new = not CSV.exists()
     with CSV.open("a", newline="") as file, ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
@@ -216,9 +239,10 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "report"])
     jobs = "models trained at a time, one thread each (default: %(default)s)"
     parser.add_argument("--jobs", type=int, default=2, help=jobs)
+    parser.add_argument("--only", default="", help="only cases whose name, such as 'ResNet, sgd', holds this text")
     arguments = parser.parse_args()
     if arguments.what == "run":
-        measure(arguments.jobs)
+        measure(arguments.jobs, arguments.only)
     print(report(read()))
 
 

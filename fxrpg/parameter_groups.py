@@ -54,7 +54,7 @@ def parameter_groups(
     for name, value in (given | {"reuse_power": reuse_power}).items():
         _check(name, value)
     _check_whole(model)
-    states, groups = _states(model), {}
+    states, groups = _states(model), dict[tuple[Any, ...], dict[str, Any]]()
     for found in candidates(model, {}):
         if not found.parameter.requires_grad:
             continue

@@ -21,7 +21,7 @@ EVERYTHING = [Rule("*", "generate")]
 
 
 class Net(nn.Module):
-    """All kinds of parameters: convolutions and linear layers, norms of one and two dimensions, raw ones, a tie, a frozen one."""
+    """Convolutions and linear layers, norms of one and two dimensions, raw parameters, a tied and a frozen one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,12 @@ class Net(nn.Module):
         return self.head(self.tied(self.wide(self.body(x))).mean((2, 3)))
 
 
-DENSE = {"stem.weight", "table", "gain", "head.weight"}  # `gain` has three dimensions, and nothing tells that it is no weight
+DENSE = {
+    "stem.weight",
+    "table",
+    "gain",
+    "head.weight",
+}  # `gain` has three dimensions, and nothing tells that it is no weight
 PLAIN = {
     "stem.bias", "norm.weight", "norm.bias", "body.0.bias", "body.1.bias", "body.2.bias", "wide.weight", "wide.bias",
 }  # fmt: skip
@@ -91,7 +96,9 @@ def test_rates_and_decays():
     for name in ("ring", "pemn", "pranc"):
         assert (found[name]["lr"], found[name]["weight_decay"]) == (1.0, 0.5)
     assert found["dense"]["lr"] == 0.1
-    assert by_name(fxrpg.parameter_groups(small, lr=0.1, weight_decay=0.02, state_decay=0.0))["ring"]["weight_decay"] == 0
+    assert (
+        by_name(fxrpg.parameter_groups(small, lr=0.1, weight_decay=0.02, state_decay=0.0))["ring"]["weight_decay"] == 0
+    )
 
 
 def test_the_rule_of_reuse():
@@ -171,7 +178,9 @@ def test_ordinary_models_and_models_within_others():
     assert names(net, fxrpg.parameter_groups(net, lr=0.1)) == {
         "dense": {*DENSE, "body.0.weight", "body.1.weight", "body.2.weight"}, "norms and biases": PLAIN
     }  # fmt: skip
-    pair = nn.ModuleList([fxrpg.transform(Net(), dof=20), fxrpg.transform(Net(), dof=30, method="pranc"), nn.Linear(2, 2)])
+    pair = nn.ModuleList(
+        [fxrpg.transform(Net(), dof=20), fxrpg.transform(Net(), dof=30, method="pranc"), nn.Linear(2, 2)]
+    )
     found = names(pair, fxrpg.parameter_groups(pair, lr=0.1))
     assert (found["ring"], found["pranc"]) == ({"0.fxrpg_ring"}, {"1.fxrpg_alpha"})
     assert "2.weight" in found["dense"]

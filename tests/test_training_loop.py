@@ -29,7 +29,13 @@ Y = torch.randint(4, (24,), generator=torch.Generator().manual_seed(2))
 
 def layers(norm: Callable[[int], nn.Module]) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, bias=False), norm(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4)
+        nn.Conv2d(3, 6, 3, bias=False),
+        norm(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 4),
     )
 
 
@@ -56,7 +62,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 # Accumulation.
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     method=st.sampled_from(sorted(METHODS)),
     way=st.sampled_from(WAYS),
@@ -117,8 +123,7 @@ def averaged(small: nn.Module, how: str, steps: int = 3) -> tuple[AveragedModel,
 
 
 @pytest.mark.parametrize("how", AVERAGES)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "way"), [*(("ring", way) for way in WAYS), ("pranc", "module"), ("pemn", "module")])
 def test_the_averaged_state_generates_the_averages_weights(method, way, how, tmp_path):
     small = build(method, way)
     average, seen = averaged(small, how)
@@ -243,7 +248,9 @@ def test_lbfgs(way, search):
     """Its line search evaluates the model many times within a step, with states written in between."""
     small = build(way=way, norm=functools.partial(nn.GroupNorm, 2)).double()
     dense = fxrpg.materialize(small)
-    optimizer = torch.optim.LBFGS(small.parameters(), lr=0.2 if search is None else 1, max_iter=10, line_search_fn=search)
+    optimizer = torch.optim.LBFGS(
+        small.parameters(), lr=0.2 if search is None else 1, max_iter=10, line_search_fn=search
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
