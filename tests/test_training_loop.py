@@ -39,7 +39,15 @@ def layers(norm: Callable[[int], nn.Module]) -> nn.Module:
     )
 
 
+GROUPS = functools.partial(nn.GroupNorm, 2)
+
+
 def build(method: str = "ring", way: str = "module", norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    return copy.deepcopy(_built(method, way, norm))
+
+
+@functools.cache
+def _built(method: str, way: str, norm: Callable[[int], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     net = layers(norm)
     examples = {"example_inputs": (X[:2],)} if way == "region" else {}
@@ -71,7 +79,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 )
 def test_micro_batches_add_up_to_the_batch(method, way, parts, reentrant):
     """Sums of the gradients of pieces, checkpointed or not, are those of the whole batch."""
-    small = build(method, way, functools.partial(nn.GroupNorm, 2)).double()
+    small = build(method, way, GROUPS).double()
     x, y = X.double()[: sum(parts)], Y[: sum(parts)]
     F.cross_entropy(small(x), y).backward()
     whole = {name: grad.clone() for name, grad in gradients(small).items()}
@@ -246,7 +254,7 @@ def test_every_form_of_an_optimizer_takes_the_same_steps(name, method):
 @pytest.mark.parametrize("way", WAYS)
 def test_lbfgs(way, search):
     """Its line search evaluates the model many times within a step, with states written in between."""
-    small = build(way=way, norm=functools.partial(nn.GroupNorm, 2)).double()
+    small = build(way=way, norm=GROUPS).double()
     dense = fxrpg.materialize(small)
     optimizer = torch.optim.LBFGS(
         small.parameters(), lr=0.2 if search is None else 1, max_iter=10, line_search_fn=search
