@@ -23,6 +23,7 @@ from fxrpg.generators.pranc import Pranc  # noqa: E402
 from fxrpg.generators.ring import Ring  # noqa: E402
 from fxrpg.ledger import ledger  # noqa: E402
 from fxrpg.lowering import lowering_mode  # noqa: E402
+from fxrpg.parameter_groups import parameter_groups  # noqa: E402
 from fxrpg.pretrained import from_pretrained, save_pretrained  # noqa: E402
 from fxrpg.recurrence import unroll  # noqa: E402
 from fxrpg.rule import Rule  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "load",
     "lowering_mode",
     "materialize",
+    "parameter_groups",
     "prune",
     "prune_channels",
     "quantize",

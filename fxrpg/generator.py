@@ -39,6 +39,8 @@ class Generator(ABC):
     """Whether weights share a state of which each reads a small part: their gradients are then put into one sum."""
     keeps_ends: ClassVar[bool] = False
     """Whether the method's default plan leaves the first and the last conv or linear layer dense."""
+    decays: ClassVar[bool] = True
+    """Whether a state is decayed as dense weights are, where nobody says otherwise."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -118,6 +120,10 @@ class Generator(ABC):
         """The settings under which numbers of the state that are zero are pruned."""
         fix = "Lower `keep` instead."
         raise FxrpgError("prune", "needs a ring or a PRANC basis", f"the method {self.method!r}", fix)
+
+    def reuse(self, views: Sequence[View]) -> float:
+        """How many of the weights of these views, which share a state, read each of its numbers; 1 if that sets no rate."""
+        return 1.0
 
     def check(self, views: Sequence[View]) -> None:
         """Warn, when a model is transformed, of what generating all these weights takes."""

@@ -23,7 +23,7 @@ STOREYS = {
     "assemble": 6, "optimizers": 6, "ties": 6, "proof": 6, "region_search": 6, "examples": 6, "api": 6, "header": 6,
     "validation": 6, "filling": 6, "checkpoint": 6, "channels": 6, "channel_groups": 6, "compact": 6, "recurrence": 6,
     "training": 6, "ledger": 6, "fit": 6, "explain": 6, "dynamo": 6, "discovery": 6, "pretrained": 6,
-    "schedules": 6, "steps": 6, "trainer": 6, "delta": 6, "hub": 6,
+    "schedules": 6, "steps": 6, "trainer": 6, "delta": 6, "hub": 6, "parameter_groups": 6,
     "cli": 7, "demo": 7, "sweep": 7, "__init__": 7, "__main__": 7,
 }  # fmt: skip
 FOLDERS = [

@@ -45,6 +45,7 @@ class Pranc(Generator):
     state_name: ClassVar[str] = "fxrpg_alpha"
     pair: ClassVar[str] = "fxrpg.kernels.fused.pranc"
     native: ClassVar[str] = "fxrpg.kernels.native.pranc"
+    decays: ClassVar[bool] = False
 
     law: str = "rademacher"
     norms: bool = False

@@ -93,6 +93,10 @@ class Ring(Generator):
         blocks = max(1, min(round(dof * weights / self.block), weights // self.block))
         return min(blocks * self.block, weights)
 
+    def reuse(self, views: Sequence[View]) -> float:
+        """M / N, of a hashed ring on average."""
+        return sum(view.count for view in views) / views[0].size
+
     def extents(self, counts: Sequence[int]) -> list[int]:
         return [-(-count // self.block) * self.block for count in counts]
 
