@@ -13,6 +13,7 @@ from fxrpg.channels import prune_channels  # noqa: E402
 from fxrpg.checkpoint import load, save  # noqa: E402
 from fxrpg.compact import freeze, prune, quantize, truncate  # noqa: E402
 from fxrpg.discovery import announce as _announce  # noqa: E402
+from fxrpg.distributed import distribute  # noqa: E402
 from fxrpg.errors import FxrpgError  # noqa: E402
 from fxrpg.explain import explain  # noqa: E402
 from fxrpg.fit import fit  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "Ring",
     "Rule",
     "__version__",
+    "distribute",
     "explain",
     "fit",
     "freeze",

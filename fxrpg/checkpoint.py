@@ -24,12 +24,14 @@ from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import DIGEST, SCALE, tensor_at
 from fxrpg.packing import pack_bits
 from fxrpg.plan import Plan
+from fxrpg.shares import whole
 from fxrpg.validation import check_kept, check_tensors, parse
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, withhold_seed: bool = False) -> None:
     """Write a transformed `model` to one safetensors file: state, dense parameters, buffers, seed and table.
 
+    Of a model whose parameters are split over ranks (fully_shard, `fxrpg.distribute`) every rank must call this.
     The file is written beside its place and moved there when complete: a killed process leaves the old file or the new.
 
     Args:
@@ -194,19 +196,20 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     aliases: dict[str, str] = {}
     by_id: dict[int, str] = {}
     states = {id(tensor_at(model, state)): state for state in states_in(model)}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in (SCALE, DIGEST) or states.get(id(tensor), name) != name:
+    for name, held in model.state_dict(keep_vars=True).items():
+        if name in (SCALE, DIGEST) or states.get(id(held), name) != name:
             continue  # a mask's scores in a module of several names stand under one
+        tensor = whole(held)
         plain = isinstance(tensor, Tensor) and type(tensor.data) is Tensor and tensor.layout == torch.strided
         if not plain or tensor.dtype not in DTYPES:
             found = f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')} {getattr(tensor, 'layout', '')}".rstrip()
             fix = "Cast, densify or gather it, or store it beside the file."
             raise FxrpgError(f"save, {name}", "must be a plain tensor of a type that safetensors knows", found, fix)
-        if id(tensor) in by_id:
-            aliases[name] = by_id[id(tensor)]
+        if id(held) in by_id:
+            aliases[name] = by_id[id(held)]
         else:
             kept[name] = tensor
-            by_id[id(tensor)] = name
+            by_id[id(held)] = name
     for name in pruned.keys() & kept.keys():
         state = kept[name]
         live = state.detach() != 0

@@ -234,7 +234,7 @@ def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype 
     """
     view = View.parse(text)
     dtype = dtype or weight_dtype(state, scale)
-    if kernels_wanted(state.device) and view.whole is view:
+    if kernels_wanted(state.device) and view.whole is view and not view.ranks:
         found = importlib.import_module(view.generator.pair).generate(view, state.detach(), scale, dtype)
         if found is not None:
             return found
@@ -274,7 +274,7 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     if view.parent:
         return as_stored(view.generator.accumulate_part(scaled, state, view), state)
     scaled = view.widened(scaled)
-    if kernels_wanted(state.device) and view.whole is view and wide == torch.float32:
+    if kernels_wanted(state.device) and view.whole is view and wide == torch.float32 and not view.ranks:
         found = importlib.import_module(view.generator.pair).accumulate(scaled, state.detach(), view)
         if found is not None:
             return as_stored(found, state)

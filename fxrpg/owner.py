@@ -19,6 +19,7 @@ from fxrpg.errors import FxrpgError
 from fxrpg.handle import Handle
 from fxrpg.lowering import LAYERS, Generated
 from fxrpg.plan import Plan
+from fxrpg.shares import PLAIN, local
 from fxrpg.surroundings import compiled_elsewhere, traced_symbolically
 from fxrpg.trace import Trace
 
@@ -148,8 +149,12 @@ def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def generated_of(owner: nn.Module, attribute: str) -> Generated:
     """The weight as a lowering takes it: its state and the root's scales as they are now, and the view."""
     link: Any = owner._fxrpg_link
-    _name, state, text, shape = link.weights[attribute]
-    return Generated(tensor_at(link.root, state), link.root.fxrpg_scale, text, shape)
+    name, place, text, shape = link.weights[attribute]
+    state = tensor_at(link.root, place)
+    if type(state) not in PLAIN:
+        piece = local(state, text, name)
+        state = state if torch.is_grad_enabled() else piece  # the op's autograd kernel takes its piece of the other
+    return Generated(state, link.root.fxrpg_scale, text, shape)
 
 
 def tensor_at(root: nn.Module, name: str) -> Any:

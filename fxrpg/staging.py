@@ -26,6 +26,7 @@ from fxrpg.lowering import (
     weight_dtype,
 )
 from fxrpg.recipes import generated_again
+from fxrpg.shares import PLAIN, local
 from fxrpg.view import View
 
 LIBRARY = torch.library.Library("fxrpg", "DEF")
@@ -251,7 +252,11 @@ def autograd_kernel(
     name = f"{op.name().replace('::', '_')}_function"
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
 
+    place = [argument.name for argument in op._schema.arguments].index("state")
+
     def kernel(*args: Any) -> Any:
+        if type(args[place]) not in PLAIN:
+            args = (*args[:place], local(args[place], args[place + 2], op.name()), *args[place + 1 :])
         if transforming():
             return plain(*args)
         if torch.is_grad_enabled():

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 STOREYS = {
     "errors": 0, "functions": 0, "hashing": 0, "device": 0, "packing": 0, "fixed_point": 0, "least_squares": 0,
     "straight_through": 0, "version": 0, "geometry": 0,
-    "view": 1, "generator": 1, "roles": 1, "trace": 1, "basis": 1, "rule": 1, "addresses": 1,
+    "view": 1, "generator": 1, "roles": 1, "shares": 1, "trace": 1, "basis": 1, "rule": 1, "addresses": 1,
     "plan": 2, "scopes": 2, "lowering": 2, "staging": 2, "parts": 2, "recipes": 2, "dispatch": 2, "fusing": 2, "tiles": 2,
     "epilogue": 2, "folding": 2,
     "surroundings": 3, "handle": 3, "several": 3, "owner": 3, "regions": 3, "generators": 3,
@@ -19,7 +19,7 @@ STOREYS = {
     "passes": 5,
     "assemble": 6, "optimizers": 6, "ties": 6, "proof": 6, "region_search": 6, "examples": 6, "api": 6, "header": 6,
     "validation": 6, "filling": 6, "checkpoint": 6, "channels": 6, "channel_groups": 6, "compact": 6, "recurrence": 6,
-    "training": 6, "ledger": 6, "fit": 6, "explain": 6, "dynamo": 6, "discovery": 6, "pretrained": 6,
+    "training": 6, "distributed": 6, "ledger": 6, "fit": 6, "explain": 6, "dynamo": 6, "discovery": 6, "pretrained": 6,
     "cli": 7, "demo": 7, "__init__": 7, "__main__": 7,
 }  # fmt: skip
 FILES = [
