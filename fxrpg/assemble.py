@@ -11,25 +11,21 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxrpg.digest import DIGEST, PLAN, encode_digest, unwatch_loading, watch_loading
 from fxrpg.epilogue import register_epilogue_flops
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import METADATA, REQUIRES_GRAD
 from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.optimizers import watch_optimizers
 from fxrpg.owner import (
-    DIGEST,
     LINK,
-    PLAN,
     SCALE,
     TRACE,
     disown,
-    encode_digest,
     link_of,
     own,
     owned,
     tensor_at,
-    unwatch_loading,
-    watch_loading,
 )
 from fxrpg.passes.graph_module import adopt, release
 from fxrpg.passes.pipeline import rewrite
@@ -140,7 +136,9 @@ def _check_whole(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             fix = "Call fxrpg.save on every rank, and fxrpg.load in one process; or use the model from before."
-            raise FxrpgError(name, "must be whole for a new model to be made from it", "a piece of it on this rank", fix)
+            raise FxrpgError(
+                name, "must be whole for a new model to be made from it", "a piece of it on this rank", fix
+            )
 
 
 def owners_of(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:

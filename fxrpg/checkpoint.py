@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of, states_in
 from fxrpg.channels import narrow_modules
+from fxrpg.digest import DIGEST
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
 from fxrpg.header import DTYPES, KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
 from fxrpg.lowering import encode_scales, generate_weight
-from fxrpg.owner import DIGEST, SCALE, tensor_at
+from fxrpg.owner import SCALE, tensor_at
 from fxrpg.packing import pack_bits
 from fxrpg.plan import Plan
 from fxrpg.shares import whole

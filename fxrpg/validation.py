@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxrpg.digest import DIGEST
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator
 from fxrpg.hashing import FORMAT_VERSION, SEED_LIMIT
@@ -32,7 +33,7 @@ from fxrpg.header import (
     shown,
 )
 from fxrpg.lowering import decode_scales, encode_scales
-from fxrpg.owner import DIGEST, SCALE
+from fxrpg.owner import SCALE
 from fxrpg.packing import unpack_bits
 from fxrpg.plan import Scope
 from fxrpg.view import View

@@ -14,7 +14,7 @@ STOREYS = {
     "view": 1, "generator": 1, "roles": 1, "shares": 1, "trace": 1, "basis": 1, "rule": 1, "addresses": 1,
     "plan": 2, "scopes": 2, "lowering": 2, "staging": 2, "parts": 2, "recipes": 2, "dispatch": 2, "fusing": 2, "tiles": 2,
     "epilogue": 2, "folding": 2,
-    "surroundings": 3, "handle": 3, "several": 3, "owner": 3, "regions": 3, "generators": 3,
+    "surroundings": 3, "digest": 3, "handle": 3, "several": 3, "owner": 3, "regions": 3, "generators": 3,
     "kernels": 4,
     "passes": 5,
     "assemble": 6, "optimizers": 6, "ties": 6, "proof": 6, "region_search": 6, "examples": 6, "api": 6, "header": 6,
