@@ -66,7 +66,8 @@ def distribute(model: nn.Module, group: Any = None, *, data: str = "same") -> nn
     }
     _reread(result, states, texts)
     if data == "split":
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(result, states)
+        left = [*states, *("." + state for state in states)]  # DDP spells the root's parameters both ways
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(result, left)
     return result
 
 

@@ -27,7 +27,9 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")  # torch is imported once, and forked before it has threads
+        self.context = multiprocessing.get_context(
+            "forkserver"
+        )  # torch is imported once, and forked before it has threads
         self.context.set_forkserver_preload(PRELOADED)
         self.workers: list[tuple[Any, Any]] = []
 
@@ -92,7 +94,7 @@ def _outcome(check: Callable[..., Any], args: Any, rank: int, world: int, store:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     try:
         result = check(*args)
-    except Exception:
+    except BaseException:  # pytest's own are no Exceptions
         return False, traceback.format_exc()  # leaving the group could wait for the others
     dist.destroy_process_group()
     return True, result
