@@ -80,6 +80,10 @@ def _split_states(model: nn.Module, plan: Plan) -> list[str]:
     for state in states:
         if is_sharded(tensor_at(model, state)):
             raise FxrpgError(f"distribute, {state}", "must be whole", "a part", "Pass the model from before.")
+        if tensor_at(model, state).is_meta:
+            raise FxrpgError(
+                f"distribute, {state}", "must hold values", "a tensor on the meta device", "Load it first."
+            )
     return states
 
 

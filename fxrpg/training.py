@@ -39,7 +39,8 @@ class PrancTrainer:
         seed: of the choices, which follow from it and the number of steps taken, `steps`, alone.
 
     Raises:
-        FxrpgError: `model` is no PRANC model or has frozen coefficients or ones that are split over ranks; a number is out of range.
+        FxrpgError: `model` is no PRANC model, or has coefficients that are frozen or split over ranks; a number is out of
+            range.
     """
 
     def __init__(

@@ -436,15 +436,14 @@ def test_no_process_group_is_told():
 # --- checkpoints that change the number of ranks
 
 
-def prepared(method: str, how: str, **settings: Any) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """(what is called, the model, its optimizer)."""
+def prepared(method: str, how: str, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model, as it is called, and its optimizer."""
     model = transformed(method, **settings)
     if how == "distribute":
         model = fxrpg.distribute(model)
     elif how == "fsdp":
         shard(model, "nested")
-    called = DistributedDataParallel(model) if how == "ddp" else model
-    return called, model, adam(model)
+    return DistributedDataParallel(model) if how == "ddp" else model, adam(model)
 
 
 def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -461,29 +460,22 @@ def digests(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, st
 
 
 def checkpoint(method: str, how: str, folder: str) -> tuple[str, str]:
-    called, model, optimizer = prepared(method, how)
-    train(called, *map(mine if how != "distribute" else lambda t: t, batch()), optimizer)
-    dcp.save(states(called, optimizer), checkpoint_id=folder)
-    return digests(called, optimizer)
+    model, optimizer = prepared(method, how)
+    train(model, *map(mine if how != "distribute" else lambda t: t, batch()), optimizer)
+    dcp.save(states(model, optimizer), checkpoint_id=folder)
+    return digests(model, optimizer)
 
 
-def resumed(method: str, how: str, folder: str) -> tuple[str, str]:
-    called, model, optimizer = prepared(method, how)
-    loaded = states(called, optimizer)
+def resumed(method: str, how: str, folder: str, seed: int = 0) -> tuple[str, str]:
+    model, optimizer = prepared(method, how, seed=seed)
+    loaded = states(model, optimizer)
     dcp.load(loaded, checkpoint_id=folder)
-    dcp_state.set_state_dict(called, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    return digests(called, optimizer)
+    dcp_state.set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    return digests(model, optimizer)
 
 
 def resumed_with_another_seed(method: str, how: str, folder: str) -> str:
-    return refused(_resume_badly, method, how, folder)
-
-
-def _resume_badly(method: str, how: str, folder: str) -> None:
-    called, _model, optimizer = prepared(method, how, seed=1)
-    loaded = states(called, optimizer)
-    dcp.load(loaded, checkpoint_id=folder)
-    dcp_state.set_state_dict(called, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    return refused(resumed, method, how, folder, seed=1)
 
 
 CASES = [(method, how) for method in SETTINGS for how in ("fsdp", "ddp")] + [("pranc", "distribute")]
