@@ -210,16 +210,20 @@ class KhatriRao(Law):
         self, view: View, size: int, device: torch.device, outputs: slice, start: int = 0
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first, u, w) for chunks of the basis: signs, float64 [chunk, outputs] and [chunk, inputs]."""
-        whole = view.whole
-        above = view.first // view.fan_in  # of a part, which begins with a row
-        inputs = whole.count // whole.fan_in  # where the inputs' words begin, after those of all outputs
-        parts = ((above + outputs.start, above + outputs.stop), (inputs, inputs + view.fan_in))
-        rows = torch.cat([_rows(start, stop, whole, device) for start, stop in parts])
+        rows = self._words(view, device, outputs)
         step = 32 * max(1, CHUNK // (16 * len(rows)))
         for first in range(0, size, step):
             count = min(step, size - first)
             signs = _signs(crossed_words(rows, _columns((start + first) // 32, -(-count // 32), view, device)), count)
             yield first, signs[:, : -view.fan_in], signs[:, -view.fan_in :]
+
+    def _words(self, view: View, device: torch.device, outputs: slice) -> Tensor:
+        """The random words of some outputs, then of all inputs: int32."""
+        whole = view.whole
+        above = view.first // view.fan_in  # of a part, which begins with a row
+        inputs = whole.count // whole.fan_in  # where the inputs' words begin, after those of all outputs
+        parts = ((above + outputs.start, above + outputs.stop), (inputs, inputs + view.fan_in))
+        return torch.cat([_rows(start, stop, whole, device) for start, stop in parts])
 
 
 LAWS: dict[str, Law] = {"rademacher": Rademacher(), "uniform": Uniform(), "normal": Normal(), "khatri_rao": KhatriRao()}

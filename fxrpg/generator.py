@@ -33,6 +33,8 @@ class Generator(ABC):
     """Of the root's parameter that is the state, or, for a `local` state, the ending of its name: weight + "_score"."""
     pair: ClassVar[str] = "fxrpg.kernels.fused.generate"
     """The module with `generate` and `accumulate` for whole weights on Triton kernels."""
+    native: ClassVar[str] = ""
+    """The module with `generate` and `accumulate` in C, for the CPU; "" without any."""
     keeps_ends: ClassVar[bool] = False
     """Whether the method's default plan leaves the first and the last conv or linear layer dense."""
 

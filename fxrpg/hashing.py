@@ -23,6 +23,9 @@ SEED_LIMIT = 1 << 64
 # What a stream of random words is for; part of its key.
 PERMUTE, SIGN, CELL, INIT, ROW, COLUMN, PROTOTYPE, SCORE, COORDINATE = range(1, 10)
 
+NEAR_NORMAL_DEVIATION = (8 * ((1 << 32) - 1) / 12) ** 0.5
+"""Standard deviation of a sum of eight 16-bit uniform integers."""
+
 _MASK, _MASK_64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _GOLDEN, _GOLDEN_64 = 0x9E3779B9, 0x9E3779B97F4A7C15  # 2^32 and 2^64 over the golden ratio
 _WEYL = 0x9E3779B1  # the prime next to it
@@ -112,12 +115,11 @@ def near_normal(
         float64 tensor of shape [count].
     """
     out = torch.empty(count, dtype=torch.float64, device=device)
-    deviation = (8 * ((1 << 32) - 1) / 12) ** 0.5
     for start in range(0, count, chunk):
         n = min(chunk, count - start)
         words = random_words(4 * start, 4 * n, seed, *labels, device=device).view(n, 4)
         total = ((words & 0xFFFF) + (words >> 16 & 0xFFFF)).sum(1)
-        out[start : start + n] = (total - 4 * 0xFFFF).to(torch.float64) / deviation
+        out[start : start + n] = (total - 4 * 0xFFFF).to(torch.float64) / NEAR_NORMAL_DEVIATION
     return out
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fxrpg import native
 from fxrpg.device import require_triton, runs_kernels
 from fxrpg.errors import FxrpgError
 from fxrpg.roles import Role
@@ -68,6 +69,14 @@ def kernels_wanted(device: torch.device) -> bool:
     """Whether Triton kernels generate on `device` in the mode in force: on a GPU; interpreted ones, only if asked for."""
     mode = current_mode()
     return mode != "materialized" and (device.type == "cuda" or mode != "auto") and runs_kernels(device)
+
+
+def native_wanted(view: View, *tensors: Tensor) -> bool:
+    """Whether C code generates the view on the CPU: in every mode but the reference's, unless Triton's interpreter does."""
+    mode = current_mode()
+    if not view.generator.native or mode == "materialized" or kernels_wanted(tensors[0].device):
+        return False
+    return native.wanted(*tensors)
 
 
 class Generated(NamedTuple):
@@ -238,6 +247,13 @@ def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype 
         found = importlib.import_module(view.generator.pair).generate(view, state.detach(), scale, dtype)
         if found is not None:
             return found
+    if native_wanted(view, state, scale):
+        whole = view if view.parent else view.whole
+        found = importlib.import_module(view.generator.native).generate(
+            whole, state.detach(), _factor(scale, view), dtype
+        )
+        if found is not None:
+            return found if view.parent else view.narrowed(found)
     if view.parent:
         values = view.generator.materialize_part(state, view, dtype)
     else:
@@ -270,6 +286,12 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     view = View.parse(text)
     wide = torch.promote_types(grad.dtype, torch.promote_types(state.dtype, torch.float32))
     grad = grad.to_dense() if grad.layout != torch.strided else grad
+    if native_wanted(view, grad, state, scale):
+        whole, widened = (view, grad) if view.parent else (view.whole, view.widened(grad))
+        module = importlib.import_module(view.generator.native)
+        found = module.accumulate(widened.to(wide), state.detach(), whole, _factor(scale, view))
+        if found is not None:
+            return as_stored(found, state)
     scaled = grad.to(wide) * scale_of(scale, view)
     if view.parent:
         return as_stored(view.generator.accumulate_part(scaled, state, view), state)

@@ -27,7 +27,9 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool)
 
 
 def linear_input_grads(grad: Tensor, xs: tuple[Tensor], weight: Tensor, needed: list[bool], transposed: bool) -> list:
-    return [grad @ (weight.t() if transposed else weight)]
+    matrix = weight.t() if transposed else weight
+    # in one matrix: of a gradient that is not contiguous (attention's), matmul would make a batch of small products
+    return [(grad.reshape(-1, grad.shape[-1]) @ matrix).view(*grad.shape[:-1], matrix.shape[1])]
 
 
 def linear_weight_grad(grad: Tensor, xs: tuple[Tensor], shape: tuple[int, ...], transposed: bool) -> Tensor:

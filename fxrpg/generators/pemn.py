@@ -47,6 +47,7 @@ class Pemn(Generator):
     """
 
     method: ClassVar[str] = "pemn"
+    native: ClassVar[str] = "fxrpg.kernels.native.pemn"
 
     prototype: str = "random_padding"
     keep: float = 0.5
@@ -201,13 +202,17 @@ class Pemn(Generator):
         index = torch.arange(len(sizes), device=sizes.device)
         return (sizes > least) | ((sizes == least) & (index <= last))
 
+    def kept(self, count: int) -> int:
+        """Entries that a mask over so many keeps."""
+        return kept_of(self.keep, count)
+
     def _selection(self, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which sizes are kept, without waiting for the device: (the largest, the least kept, the last kept one of those).
 
         Returns:
             Two tensors [] of the type of `sizes`, and an index, int64 [].
         """
-        count = kept_of(self.keep, len(sizes))
+        count = self.kept(len(sizes))
         kept = torch.topk(sizes, count, sorted=False).values  # not kthvalue: CUDA's is not deterministic
         least = kept.amin()
         ties = (sizes == least).cumsum(0)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxrpg.basis import LAWS
+from fxrpg.basis import LAWS, Law
 from fxrpg.errors import FxrpgError
 from fxrpg.fixed_point import GRADIENT_BITS, fixed_point, from_parts
 from fxrpg.generator import Generator
@@ -45,6 +45,7 @@ class Pranc(Generator):
     method: ClassVar[str] = "pranc"
     state_name: ClassVar[str] = "fxrpg_alpha"
     pair: ClassVar[str] = "fxrpg.kernels.fused.pranc"
+    native: ClassVar[str] = "fxrpg.kernels.native.pranc"
 
     law: str = "rademacher"
     norms: bool = False
@@ -79,7 +80,11 @@ class Pranc(Generator):
         return alphas
 
     def materialize(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
-        law, share = LAWS[self.law], Share.of(state, view)
+        return self.summed(LAWS[self.law], state, view, dtype)
+
+    def summed(self, law: Law, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
+        """`materialize` with the sums that `law` makes."""
+        share = Share.of(state, view)
         limbs, weights = fixed_point(state.detach(), law.bits, size=view.size, largest=share.largest(state))
         values = torch.empty(view.count, dtype=dtype, device=state.device)
         first = 0
@@ -99,7 +104,11 @@ class Pranc(Generator):
         return straight_through(self.materialize(state, view, state.dtype), smooth)
 
     def accumulate(self, grad: Tensor, state: Tensor, view: View) -> Tensor:
-        law, share = LAWS[self.law], Share.of(state, view)
+        return self.projected(LAWS[self.law], grad, state, view)
+
+    def projected(self, law: Law, grad: Tensor, state: Tensor, view: View) -> Tensor:
+        """`accumulate` with the sums that `law` makes."""
+        share = Share.of(state, view)
         grad = share.averaged(grad) if view.average else grad
         limbs, weights = fixed_point(view.to_logical(grad), law.bits, GRADIENT_BITS)
         drawn = law.project(limbs, view, share.first - share.start + share.count, share.start)

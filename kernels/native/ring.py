@@ -1,0 +1,90 @@
+"""Rings on the CPU: the C code of ring.c, which does in one pass what plain torch does in several, to the same bits."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxrpg import addresses, native
+from fxrpg.hashing import CELL, SIGN, stream_keys
+from fxrpg.kernels.native.layout import Bijection, Layout
+from fxrpg.view import View
+
+_NAMES = {2: "16", 4: "32", 8: "64"}
+
+
+class _RingView(ctypes.Structure):
+    _fields_ = [
+        ("to", Layout),
+        ("pi", Bijection),
+        ("first", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("before", ctypes.c_int64),
+        ("after", ctypes.c_int64),
+        ("hash_rows", ctypes.c_int64),
+        ("arc", ctypes.c_int64),
+        ("cell", ctypes.c_uint32 * 2),
+        ("sign", ctypes.c_uint32 * 2),
+        ("reflect", ctypes.c_int64),
+    ]
+
+
+def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Tensor | None:
+    """The scaled weight of `view`, in `dtype`; None where no C code covers it."""
+    given = _given(view.text)
+    if given is None or not state.is_floating_point():
+        return None
+    ring: Any = view.generator
+    values = ring._rounded(state).to(dtype).contiguous()
+    weight = torch.empty(view.shape, dtype=dtype)
+    _call("ring_weight", dtype, view, given, factor, values, weight)
+    return weight if dtype.itemsize > 2 else (weight.float() * factor).to(dtype)
+
+
+def accumulate(grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
+    """The gradient of the ring, of the type of `grad` (float32 or float64), from that of the scaled weight."""
+    given = _given(view.text)
+    if given is None:
+        return None
+    out = torch.empty(view.size, dtype=grad.dtype)
+    _call("ring_gradient", grad.dtype, view, given, factor, grad.contiguous(), out)
+    return out.mul_(state != 0) if view.generator.sparse else out
+
+
+def _call(name: str, dtype: torch.dtype, view: View, given: _RingView, factor: float, a: Tensor, b: Tensor) -> None:
+    call = _function(f"{name}_{_NAMES[dtype.itemsize]}")
+    call(given, factor, native.threads(view.count), a.data_ptr(), b.data_ptr())
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    pointer = ctypes.c_void_p
+    return native.function(name, (ctypes.POINTER(_RingView), ctypes.c_double, ctypes.c_int, pointer, pointer))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _given(text: str) -> _RingView | None:
+    """What the C code is told of a view; None for what it does not do."""
+    view = View.parse(text)
+    ring: Any = view.generator
+    to = Layout.of(view)
+    alone = view.parent is None or ring._addressed_alone(view)
+    if to is None or ring.layout == "block_diagonal" or not alone or max(view.total, view.size) >= 1 << 31:
+        return None
+    place, arc = view.offset // ring.block, ring.layout == "arc"
+    given = _RingView(to=to, first=view.first, block=ring.block, size=view.size)
+    given.arc, given.reflect = arc, ring.reflect
+    given.before, given.after = (0, place) if arc else (place, 0)
+    given.sign[:] = stream_keys(view.seed, SIGN, view.tensor)
+    if ring.layout == "hash":
+        given.before = given.after = 0
+        given.hash_rows = -(-view.size // ring.block)
+        given.cell[:] = stream_keys(view.seed, CELL, view.tensor)
+    if permutation := addresses.bijection(ring, view):
+        given.pi = Bijection.of(permutation)
+    return given
