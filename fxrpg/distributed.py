@@ -29,9 +29,9 @@ def distribute(model: nn.Module, group: Any = None, *, data: str = "same") -> nn
     (`fxrpg_alpha` becomes a DTensor of placement Shard(0), and so do its gradient and its optimizer state) and draws only
     the basis vectors of that run. Whenever a weight is generated the ranks add up exact sums, so weights are bit for bit
     those of one process, and so is, with the same data, the gradient of every coefficient. A weight of n elements costs
-    an all-reduce of n float64 (some more where k is in the millions, twice as many for the laws "uniform" and "normal")
-    and of one number, in the forward and once more in the backward where its input needs a gradient: 2P a step for P
-    weights, whatever k. Ranks must run the same ops in the same order.
+    an all-reduce of n float64 (2n where one has no room for the sum: with the laws "uniform" and "normal" from some dozens
+    of coefficients on, with signs from four million) and of one number, in the forward and once more in the backward where
+    its input needs a gradient: 2P a step for P weights, whatever k. Ranks must run the same ops in the same order.
 
     `fxrpg.save`, called on every rank, writes all coefficients; `torch.distributed.checkpoint` saves and loads the parts,
     also for another number of ranks. Verbs that return a new model need the model from before.
