@@ -33,7 +33,7 @@ class Ranks:
         self.context.set_forkserver_preload(PRELOADED)
         self.workers: list[tuple[Any, Any]] = []
 
-    def __call__(self, world: int, check: Callable[..., Any], *args: Any, seconds: float = 100) -> list[Any]:
+    def __call__(self, world: int, check: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
         while len(self.workers) < world:
             self._start()
         found: dict[int, Any] = {}
@@ -90,7 +90,7 @@ def _work(pipe: Any) -> None:
 
 
 def _outcome(check: Callable[..., Any], args: Any, rank: int, world: int, store: str) -> tuple[bool, Any]:
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=240)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     try:
         result = check(*args)
