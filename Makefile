@@ -9,8 +9,10 @@ ZOO_STAMP := .venv-zoo/.installed
 INSTALL := -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat
 # such as --third, or --only 'timm.*'
 ZOO ?=
+# such as --only 'ResNet-20*', or --out build/bench
+BENCH ?=
 
-.PHONY: demo test zoo lint check clean
+.PHONY: demo test bench zoo lint check clean
 
 demo: $(STAMP)
 	$(BIN)/fxrpg demo --out build/demo
@@ -20,6 +22,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not kernels and not zoo"
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "kernels and not zoo"
+
+# Time and memory on this machine's CPU, against the dense model and the authors' way.
+bench: $(STAMP)
+	$(BIN)/python bench/cpu.py $(BENCH)
 
 # Only files with such tests are given: others import what is not installed there.
 zoo: $(ZOO_STAMP)

@@ -14,8 +14,9 @@ from bench.cases import BasisCase
 from bench.contest import Contest, Contestant, disagreement
 from fxrpg.basis import LAWS
 from fxrpg.generator import Generator
-from fxrpg.lowering import encode_scales, kernels_wanted
+from fxrpg.lowering import kernels_wanted
 from fxrpg.view import View
+from fxrpg.weights import encode_scales
 
 CHUNK = 1 << 28
 """Values of a normal basis that are in memory at a time."""

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
+from torch import nn  # noqa: E402
 
+import fxrpg  # noqa: E402
 from bench.cpu_cases import CASES, Case  # noqa: E402
 from bench.measure import Call, timing_of  # noqa: E402
 from fxrpg import native  # noqa: E402
@@ -37,8 +40,8 @@ COLUMNS = (
     "processor", "torch", "date",
 )  # fmt: skip
 """`ratio`: the median over the baseline's (the case's first contestant); `spread`: half the distance between the quartiles
-over the median; `rss_mib`, `torch_mib`: what two calls take at most beyond what the process had before it built the model,
-by the system's account and by torch's allocator; `generation`: "C" or "torch"."""
+over the median; `rss_mib`: what calls after the first take at most, model and all, by the system's account; `torch_mib`: the
+same by torch's allocator, from the building on; `generation`: "C" or "torch"."""
 
 FIRST_CALL = "first call of a ResNet-18"
 ROUNDS = 7
@@ -92,26 +95,28 @@ def memory(case: Case, name: str, threads: int) -> dict[str, str]:
 
 def _report_memory(case: Case, name: str) -> None:
     """In the child: peaks of two calls as JSON on the last line."""
-    native.library()
+    # what is imported and built for a first model is no model's
+    fxrpg.transform(nn.Linear(2, 2), dof=2, plan=[fxrpg.Rule("*", "generate")])(torch.ones(1, 2)).sum().backward()
     before = _status("VmRSS")
     call = case.build(name)[name]
-    built = _status("VmRSS") - before
     call()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     call()
     call()
     peak = _status("VmHWM") - before
-    resident = torch_peak(call) + built
-    print(json.dumps({"rss_mib": peak, "torch_mib": resident}))
+    del call
+    print(json.dumps({"rss_mib": peak, "torch_mib": torch_peak(lambda: case.build(name)[name])}))
 
 
-def torch_peak(call: Call) -> int:
-    """Bytes that torch's allocator has in use at most during a call, beyond those before it."""
+def torch_peak(build: Callable[[], Call]) -> int:
+    """Bytes that torch's allocator has in use at most while a call is built and made twice."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call = build()
         call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        call()
     total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
         total += event.nbytes()
         peak = max(peak, total)
     return peak
@@ -219,12 +224,21 @@ def main() -> None:
         rows += first_calls(arguments.threads)
     rows = [row | stamp for row in rows]
     arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = [*_others(arguments.out / "cpu.csv", rows), *rows]
     with (arguments.out / "cpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, arguments.out / "cpu.png")
     print(f"\n{table(rows)}\n\nwritten to {arguments.out}: cpu.csv, cpu.png")
+
+
+def _others(path: Path, rows: list[Row]) -> list[Row]:
+    """The rows of a file that are of other cases than these."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["case"] not in {new["case"] for new in rows}]
 
 
 def _processor() -> str:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import fxrpg
 from bench.measure import Call
 from fxrpg.assemble import plan_of
-from fxrpg.lowering import decode_scales
 from fxrpg.view import View
+from fxrpg.weights import decode_scales
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from models import resnet18

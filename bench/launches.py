@@ -24,9 +24,9 @@ from fxrpg.kernels.fused import conv, depthwise, embedding, generate, linear, pr
 from fxrpg.kernels.fused.epilogue import Epilogue
 from fxrpg.kernels.fused.launch import Launch, recorded
 from fxrpg.kernels.fused.weight import Weight
-from fxrpg.lowering import encode_scales
 from fxrpg.tiles.dense import dense_form
 from fxrpg.view import View
+from fxrpg.weights import encode_scales
 
 REFERENCE = Tile(n=128, m=128, k=64, warps=8)
 BY_SIZE = ((64, 64, 64), (64, 16, 64), (16, 1, 64))

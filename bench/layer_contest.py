@@ -16,9 +16,9 @@ from bench.contest import Contest, Contestant, disagreement, in_mode, tolerance
 from bench.layers import Layer
 from fxrpg.device import runs_kernels
 from fxrpg.generator import Generator
-from fxrpg.lowering import accumulate_gradient, encode_scales, generate_weight
 from fxrpg.staging import DENSE_OPS
 from fxrpg.view import View
+from fxrpg.weights import accumulate_gradient, encode_scales, generate_weight
 
 SCALE = 1 / 32
 """Of every weight: a power of two, which rounds nothing."""

@@ -21,7 +21,7 @@ from bench.contest import Contest, Contestant, in_mode
 from bench.measure import Call
 from fxrpg.assemble import plan_of
 from fxrpg.device import runs_kernels
-from fxrpg.lowering import accumulate_gradient, decode_scales
+from fxrpg.weights import accumulate_gradient, decode_scales
 
 CHECKED_BATCH = 32
 """A training step is compared on so many samples at most: the truth is computed in float32."""

@@ -15,7 +15,6 @@ from fxrpg.digest import DIGEST, PLAN, encode_digest, unwatch_loading, watch_loa
 from fxrpg.epilogue import register_epilogue_flops
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import METADATA, REQUIRES_GRAD
-from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.optimizers import watch_optimizers
 from fxrpg.owner import (
     LINK,
@@ -37,6 +36,7 @@ from fxrpg.staging import register_flops
 from fxrpg.ties import tie_again, untie
 from fxrpg.trace import Trace
 from fxrpg.view import View
+from fxrpg.weights import encode_scales, generate_weight
 
 
 def plan_of(model: nn.Module) -> Plan:

@@ -21,12 +21,12 @@ from fxrpg.digest import DIGEST
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
 from fxrpg.header import DTYPES, KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
-from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.owner import SCALE, tensor_at
 from fxrpg.packing import pack_bits
 from fxrpg.plan import Plan
 from fxrpg.shares import whole
 from fxrpg.validation import check_kept, check_tensors, parse
+from fxrpg.weights import encode_scales, generate_weight
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, withhold_seed: bool = False) -> None:

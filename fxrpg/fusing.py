@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fxrpg.dispatch import Choice, Problem, card_of, choose, note
-from fxrpg.lowering import as_stored, current_mode, kernels_wanted
+from fxrpg.lowering import current_mode, kernels_wanted
 from fxrpg.view import View
+from fxrpg.weights import as_stored
 
 Where = tuple[Tensor, Tensor, str]
 """A generated weight as an op is given it: (state, scale, view)."""

@@ -35,6 +35,8 @@ class Generator(ABC):
     """The module with `generate` and `accumulate` for whole weights on Triton kernels."""
     native: ClassVar[str] = ""
     """The module with `generate` and `accumulate` in C, for the CPU; "" without any."""
+    collects: ClassVar[bool] = False
+    """Whether weights share a state of which each reads a small part: their gradients are then put into one sum."""
     keeps_ends: ClassVar[bool] = False
     """Whether the method's default plan leaves the first and the last conv or linear layer dense."""
 

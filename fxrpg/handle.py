@@ -21,23 +21,14 @@ from fxrpg.dispatch import choices
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import GRAD, IS_LEAF, RECORD, REQUIRES_GRAD, Step, rearrangement, writes
 from fxrpg.geometry import ADDRESSES, ASKED, ASKS_FOR_GRAD, CONSTANTS, Geometry, shapes_only
-from fxrpg.lowering import (
-    DECOMPOSITIONS,
-    Generated,
-    NotLowered,
-    Rule,
-    current_mode,
-    generate_weight,
-    rule_for,
-    transforming,
-    weight_dtype,
-)
+from fxrpg.lowering import DECOMPOSITIONS, Generated, NotLowered, Rule, current_mode, rule_for, transforming
 from fxrpg.parts import part_of
 from fxrpg.recipes import Recipe, Recipes, storage_of
 from fxrpg.shares import local
 from fxrpg.surroundings import compiled_elsewhere, keep_mode
 from fxrpg.trace import Trace
 from fxrpg.view import View
+from fxrpg.weights import generate_weight, weight_dtype
 
 
 def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,11 +22,11 @@ from fxrpg.assemble import plan_of
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator
 from fxrpg.hashing import FORMAT_VERSION
-from fxrpg.lowering import decode_scales
 from fxrpg.owner import SCALE
 from fxrpg.packing import unpack_bits
 from fxrpg.plan import Plan, Scope, checked_seed, first_draws
 from fxrpg.view import View
+from fxrpg.weights import decode_scales
 
 WITHHELD = "withheld"
 # in the order in which safetensors lays tensors out

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fxrpg.lowering import generate_weight, transforming
+from fxrpg.lowering import transforming
+from fxrpg.weights import generate_weight
 
 
 class Recipe(NamedTuple):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fxrpg.handle import Handle
-from fxrpg.lowering import NotLowered, accumulate_gradient, current_mode, generate_weight, lowering_mode, transforming
+from fxrpg.lowering import NotLowered, current_mode, lowering_mode, transforming
 from fxrpg.recipes import generated_again
+from fxrpg.weights import accumulate_gradient, generate_weight
 
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 """(inputs, weights) -> outputs: the ordinary op. It is run again in backward, so it must draw no random numbers."""

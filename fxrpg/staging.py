@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 from fxrpg import fusing
-from fxrpg.lowering import (
-    accumulate_gradient,
-    current_mode,
-    generate_weight,
-    lowering_mode,
-    plain_weight,
-    transforming,
-    weight_dtype,
-)
+from fxrpg.lowering import current_mode, lowering_mode
 from fxrpg.recipes import generated_again
-from fxrpg.shares import PLAIN, local
+from fxrpg.recording import autograd_kernel
 from fxrpg.view import View
+from fxrpg.weights import accumulate_gradient, add_gradient, collects, generate_weight, plain_weight, weight_dtype
 
 LIBRARY = torch.library.Library("fxrpg", "DEF")
 
@@ -124,7 +117,9 @@ def define_staged_op(dense: DenseOp) -> None:
     LIBRARY.impl(back, staged.backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxrpg::{name}", staged.forward_fake, lib=LIBRARY)
     torch.library.register_fake(f"fxrpg::{back}", staged.backward_fake, lib=LIBRARY)
-    LIBRARY.impl(name, autograd_kernel(staged.op, staged.save, staged.differentiate, staged.plain), "Autograd")
+    LIBRARY.impl(
+        name, autograd_kernel(staged.op, staged.save, staged.differentiate, staged.plain, staged.n + 1), "Autograd"
+    )
     # under torch.func.vmap: plain torch ops, each of which has a batching rule
     LIBRARY.impl(name, staged.plain, "FuncTorchBatched")
     for key in ("AutocastCPU", "AutocastCUDA"):
@@ -208,9 +203,21 @@ class _Staged:
             grads = self._differentiable(grad, (*xs, bias, state, scale, ctx.text, *ctx.config), needed)
         else:
             with lowering_mode(ctx.mode):
-                out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)
-            grads = [g if need else None for g, need in zip(out, needed, strict=True)]
+                if needed[-1] and self._collected(ctx, grad, xs, state, scale):
+                    needed[-1] = False
+                grads = [None] * len(needed)
+                if any(needed):
+                    out = self.op_backward(grad, *xs, state, scale, ctx.text, *ctx.config, needed)
+                    grads = [g if need else None for g, need in zip(out, needed, strict=True)]
         return (*grads, None, None, *[None] * len(ctx.config))
+
+    def _collected(self, ctx: Any, grad: Tensor, xs: list[Tensor], state: Tensor, scale: Tensor) -> bool:
+        """Whether the weight's part of the state's gradient went straight into the sum of this backward."""
+        if ctx.collector is None or not collects(grad, state, scale, ctx.text):
+            return False
+        weight_grad = self.dense.weight_grad(grad, xs, View.parse(ctx.text).shape, *ctx.config)
+        ctx.collector.add(lambda into: add_gradient(into, weight_grad, state, scale, ctx.text))
+        return True
 
     def _differentiable(self, grad: Tensor, args: Any, needed: list[bool]) -> list[Tensor | None]:
         """Gradients through plain torch ops on the generated weight: slower, and differentiable again."""
@@ -229,42 +236,6 @@ class _Staged:
         cast = [autocast_to(x, target) for x in args[: self.n + 1]]
         with torch.autocast(device, enabled=False):
             return self.op(*cast, *args[self.n + 1 :])
-
-
-def autograd_kernel(
-    op: Any, save: Callable[..., None], differentiate: Callable[..., Any], plain: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The Autograd kernel of `op`: as `torch.library.register_autograd` makes it, but open to torch.func's transforms.
-
-    Args:
-        save: (ctx, inputs, output), keeps what backward needs.
-        differentiate: (ctx, grad) -> one gradient or None for each input.
-        plain: the op written in plain torch, for transforms that cannot enter an autograd.Function here.
-    """
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            out = op(*args)
-        save(ctx, args, out)  # here and not in a setup_context, for which torch inspects a signature at each call
-        return out
-
-    members = {"forward": forward, "backward": differentiate}
-    name = f"{op.name().replace('::', '_')}_function"
-    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
-
-    place = [argument.name for argument in op._schema.arguments].index("state")
-
-    def kernel(*args: Any) -> Any:
-        if type(args[place]) not in PLAIN:
-            args = (*args[:place], local(args[place], args[place + 2], op.name()), *args[place + 1 :])
-        if transforming():
-            return plain(*args)
-        if torch.is_grad_enabled():
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    return kernel
 
 
 def _compute_dtype(xs: tuple[Tensor, ...], state: Tensor, scale: Tensor) -> torch.dtype:

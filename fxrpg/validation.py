@@ -32,11 +32,11 @@ from fxrpg.header import (
     pruned_states,
     shown,
 )
-from fxrpg.lowering import decode_scales, encode_scales
 from fxrpg.owner import SCALE
 from fxrpg.packing import unpack_bits
 from fxrpg.plan import Scope
 from fxrpg.view import View
+from fxrpg.weights import decode_scales, encode_scales
 
 STATE_DTYPES = ("F64", "F32", "F16", "BF16")
 MOST_ELEMENTS = 1 << 48  # of all weights, and of one tensor: a petabyte in float32

@@ -11,17 +11,19 @@ import torch.fx.traceback as traceback
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxrpg.lowering import (
+from fxrpg.lowering import current_mode, lowering_mode
+from fxrpg.recording import autograd_kernel
+from fxrpg.staging import LIBRARY
+from fxrpg.view import View
+from fxrpg.weights import (
     accumulate_gradient,
-    current_mode,
+    add_gradient,
+    collects,
     generate_weight,
-    lowering_mode,
     plain_weight,
     tangent_weight,
     weight_dtype,
 )
-from fxrpg.staging import LIBRARY, autograd_kernel
-from fxrpg.view import View
 
 LIBRARY.define("generate(Tensor state, Tensor scale, str view) -> Tensor")
 LIBRARY.define("accumulate(Tensor grad, Tensor state, Tensor scale, str view) -> Tensor")
@@ -75,8 +77,12 @@ def _save_generate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_generate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    state, scale = ctx.saved_tensors
     with lowering_mode(ctx.mode):
-        return torch.ops.fxrpg.accumulate.default(grad, *ctx.saved_tensors, ctx.view), None, None
+        if ctx.collector is None or torch.is_grad_enabled() or not collects(grad, state, scale, ctx.view):
+            return torch.ops.fxrpg.accumulate.default(grad, state, scale, ctx.view), None, None
+        ctx.collector.add(lambda into: add_gradient(into, grad, state, scale, ctx.view))
+        return None, None, None
 
 
 def _save_accumulate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -109,7 +115,7 @@ def _plain_tangent(direction: Tensor, state: Tensor, scale: Tensor, view: str) -
 
 
 _generate_kernel = autograd_kernel(
-    torch.ops.fxrpg.generate.default, _save_generate, _differentiate_generate, plain_weight
+    torch.ops.fxrpg.generate.default, _save_generate, _differentiate_generate, plain_weight, state=0
 )
 _accumulate_kernel = autograd_kernel(
     torch.ops.fxrpg.accumulate.default, _save_accumulate, _differentiate_accumulate, _plain_accumulate

@@ -16,9 +16,10 @@ from fxrpg.generator import Generator
 from fxrpg.generators.pemn import Pemn
 from fxrpg.generators.pranc import Pranc
 from fxrpg.generators.ring import Ring
-from fxrpg.lowering import LOWERINGS, Generated, encode_scales
+from fxrpg.lowering import LOWERINGS, Generated
 from fxrpg.staging import DENSE_OPS
 from fxrpg.view import View
+from fxrpg.weights import encode_scales
 
 GENERATORS: dict[str, list[Generator]] = {
     "ring": [

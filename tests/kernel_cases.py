@@ -23,8 +23,9 @@ from torch import Tensor
 
 from fxrpg.dispatch import Tile
 from fxrpg.generator import Generator
-from fxrpg.lowering import accumulate_gradient, generate_weight, lowering_mode
+from fxrpg.lowering import lowering_mode
 from fxrpg.view import View
+from fxrpg.weights import accumulate_gradient, generate_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NARROW = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,6 @@ from torch_settings import deterministic
 import fxrpg
 from fxrpg.assemble import plan_of, weight_of
 from fxrpg.checkpoint import read
-from fxrpg.lowering import scale_of
 from fxrpg.packing import (
     codes_of,
     pack_bits,
@@ -27,6 +26,7 @@ from fxrpg.packing import (
     steps_of,
     unpack_bits,
 )
+from fxrpg.weights import scale_of
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3])

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from fxrpg.generator import Generator
-from fxrpg.lowering import accumulate_gradient, generate_weight, plain_weight
 from fxrpg.staging import DENSE_OPS
 from fxrpg.view import View
+from fxrpg.weights import accumulate_gradient, generate_weight, plain_weight
 
 ALL = [pytest.param(g, case, id=f"{g!r}-{case}") for g, case in pairs()]
 SOME = [pytest.param(GENERATORS["ring"][0], case, id=str(case)) for case in LAYERS]

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxrpg
 from fxrpg.epilogue import ACTIVATIONS, EPILOGUES, Epilogue
 from fxrpg.folding import affine_of_norm
-from fxrpg.lowering import plain_weight
 from fxrpg.staging import DENSE_OPS
+from fxrpg.weights import plain_weight
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
 # name -> (op, shapes of input and weight, logical order, bias, settings, shape of factor as it meets the output)

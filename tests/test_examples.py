@@ -137,7 +137,7 @@ def test_both_factors_of_a_product():
     torch.testing.assert_close(x.grad, y.grad)
     scale = small.get_buffer("fxrpg_scale")
     expected = sum(
-        fxrpg.lowering.accumulate_gradient(dense.get_parameter(n).grad, small.fxrpg_ring.detach(), scale, view.text)
+        fxrpg.weights.accumulate_gradient(dense.get_parameter(n).grad, small.fxrpg_ring.detach(), scale, view.text)
         for n, view in plan_of(small).views.items()
     )
     torch.testing.assert_close(small.fxrpg_ring.grad, expected)

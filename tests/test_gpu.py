@@ -10,8 +10,9 @@ from torch import nn
 from torch_settings import deterministic
 
 import fxrpg
-from fxrpg.lowering import generate_weight, lowering_mode
+from fxrpg.lowering import lowering_mode
 from fxrpg.view import View
+from fxrpg.weights import generate_weight
 
 pytestmark = pytest.mark.gpu
 EVERY = [generator for examples in GENERATORS.values() for generator in examples]

@@ -18,8 +18,9 @@ from fxrpg.generator import Generator
 from fxrpg.generators.pemn import Pemn
 from fxrpg.generators.ring import Ring
 from fxrpg.kernels.embedding import embedding_weight_grad
-from fxrpg.lowering import accumulate_gradient, decode_scales, encode_scales, generate_weight, lowering_mode
+from fxrpg.lowering import lowering_mode
 from fxrpg.view import View
+from fxrpg.weights import accumulate_gradient, decode_scales, encode_scales, generate_weight
 
 pytest.importorskip("triton", reason="kernels need the package triton")
 from fxrpg.kernels.fused import embedding as kernels

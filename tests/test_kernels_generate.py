@@ -20,8 +20,9 @@ from fxrpg.addresses import filter_cells
 from fxrpg.generators.pemn import Pemn
 from fxrpg.generators.ring import BLOCKS, LAYOUTS, Ring
 from fxrpg.hashing import CELL, SIGN, words_at
-from fxrpg.lowering import encode_scales, generate_weight, lowering_mode
+from fxrpg.lowering import lowering_mode
 from fxrpg.view import View
+from fxrpg.weights import encode_scales, generate_weight
 
 triton = pytest.importorskip("triton", reason="kernels need the package triton")
 tl = triton.language

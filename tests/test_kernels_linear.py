@@ -12,7 +12,7 @@ from kernel_cases import DEVICE, close, poisoned, weight_of
 
 from fxrpg.dispatch import Tile
 from fxrpg.generators.ring import Ring
-from fxrpg.lowering import accumulate_gradient
+from fxrpg.weights import accumulate_gradient
 
 pytestmark = pytest.mark.kernels
 GENERATORS_INLINED = [*GENERATORS["ring"], *GENERATORS["pemn"], Ring(block=64)]

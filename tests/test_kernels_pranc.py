@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fxrpg import Pranc
 from fxrpg.hashing import COLUMN, ROW, words_at
-from fxrpg.lowering import encode_scales, generate_weight
 from fxrpg.view import View
+from fxrpg.weights import encode_scales, generate_weight
 
 pytest.importorskip("triton", reason="kernels need the package triton")
 pytestmark = pytest.mark.kernels

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STOREYS = {
     "errors": 0, "functions": 0, "hashing": 0, "device": 0, "packing": 0, "fixed_point": 0, "least_squares": 0,
-    "straight_through": 0, "version": 0, "geometry": 0,
+    "straight_through": 0, "version": 0, "geometry": 0, "native": 0, "collecting": 1,
     "view": 1, "generator": 1, "roles": 1, "shares": 1, "trace": 1, "basis": 1, "rule": 1, "addresses": 1,
     "plan": 2, "scopes": 2, "lowering": 2, "staging": 2, "parts": 2, "recipes": 2, "dispatch": 2, "fusing": 2, "tiles": 2,
-    "epilogue": 2, "folding": 2,
+    "epilogue": 2, "folding": 2, "weights": 2, "recording": 2,
     "surroundings": 3, "digest": 3, "handle": 3, "several": 3, "owner": 3, "regions": 3, "generators": 3,
     "kernels": 4,
     "passes": 5,
@@ -24,7 +24,7 @@ STOREYS = {
 }  # fmt: skip
 FILES = [
     p
-    for folder in ("fxrpg", "fxrpg/generators", "fxrpg/tiles", "kernels", "kernels/fused", "passes")
+    for folder in ("fxrpg", "fxrpg/generators", "fxrpg/tiles", "kernels", "kernels/fused", "kernels/native", "passes")
     for p in sorted((ROOT / folder).glob("*.py"))
 ]
 

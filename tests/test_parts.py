@@ -7,15 +7,17 @@ from math import prod
 import pytest
 import torch
 import torch.nn.functional as F
+from births import births
 from conformance import GENERATORS, generated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import fxrpg
-from fxrpg.lowering import Generated, accumulate_gradient, generate_weight, plain_weight
+from fxrpg.lowering import Generated
 from fxrpg.parts import part_of
 from fxrpg.view import View
+from fxrpg.weights import accumulate_gradient, generate_weight, plain_weight
 
 ALL = [generator for examples in GENERATORS.values() for generator in examples]
 ORDERS = {1: [(0,)], 2: [(0, 1), (1, 0)], 3: [(0, 1, 2), (0, 2, 1), (1, 2, 0)], 4: [(0, 2, 3, 1), (1, 2, 3, 0)]}
@@ -146,12 +148,9 @@ def transformed(**arguments):
 def test_experts_generate_only_what_is_used(monkeypatch):
     """Whatever the number of experts, what is drawn for one is one expert's."""
     small = transformed(dof=512)
-    drawn = []
-    whole = fxrpg.Ring.materialize_part
-    monkeypatch.setattr(fxrpg.Ring, "materialize_part", lambda s, t, v, d: drawn.append(v.count) or whole(s, t, v, d))
-    monkeypatch.setattr(fxrpg.Ring, "materialize", lambda *_: pytest.fail("the whole stack was generated"))
-    small(torch.randn(2, 32)).sum().backward()
-    assert drawn == [16 * 32, 16 * 32]  # x needs no gradient, so backward generates nothing
+    with births(monkeypatch) as born:
+        small(torch.randn(2, 32)).sum().backward()
+    assert [birth.view.count for birth in born] == [16 * 32, 16 * 32]  # x needs no gradient: none in backward
     assert fxrpg.explain(small).rows[0].path == "staged"
 
 

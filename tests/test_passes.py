@@ -14,13 +14,13 @@ from torch import nn
 import fxrpg
 from fxrpg.assemble import plan_of
 from fxrpg.handle import handle_of
-from fxrpg.lowering import encode_scales
 from fxrpg.owner import SCALE
 from fxrpg.passes.lower import lower
 from fxrpg.passes.normalise import normalise
 from fxrpg.passes.parametrize import parametrize
 from fxrpg.passes.strip import strip
 from fxrpg.trace import Trace
+from fxrpg.weights import encode_scales
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
 

@@ -19,8 +19,8 @@ import fxrpg
 from fxrpg import FxrpgError, Pemn
 from fxrpg.assemble import plan_of, weight_of
 from fxrpg.hashing import PERMUTE, Bijection
-from fxrpg.lowering import scale_of
 from fxrpg.view import View
+from fxrpg.weights import scale_of
 
 CPU = torch.device("cpu")
 SIZES = {

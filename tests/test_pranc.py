@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.fx as fx
+from births import alive, births
 from models import resnet18
 from paper_models import alexnet_cifar, convnet, lenet, resnet20, resnet56
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_settings import threads
@@ -27,9 +25,9 @@ from fxrpg import FxrpgError, Pranc
 from fxrpg.assemble import plan_of, weight_of
 from fxrpg.basis import LAWS
 from fxrpg.folding import epilogue_of_norm
-from fxrpg.lowering import scale_of
 from fxrpg.roles import NORMS
 from fxrpg.view import View
+from fxrpg.weights import scale_of
 
 CPU = torch.device("cpu")
 EVERY_LAW = pytest.mark.parametrize("law", LAWS)
@@ -215,26 +213,6 @@ def test_t10_seeds_are_uncorrelated(law, seed):
 
 
 # What it takes.
-
-
-@contextlib.contextmanager
-def births(monkeypatch) -> Iterator[list[tuple[int, StorageWeakRef]]]:
-    """(dimensions, storage) of every weight and bias that is generated inside the block."""
-    born = []
-    materialize = Pranc.materialize
-
-    def watched(self, *args):
-        values = materialize(self, *args)
-        born.append((values.dim(), StorageWeakRef(values.untyped_storage())))
-        return values
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pranc, "materialize", watched)
-        yield born
-
-
-def alive(born: list[tuple[int, StorageWeakRef]], dimensions: int = 1) -> int:
-    return sum(not ref.expired() for dims, ref in born if dims >= dimensions)
 
 
 class CountAlive(TorchDispatchMode):

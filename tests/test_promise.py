@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.fx as fx
+from births import Birth, alive, births
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxrpg
-from fxrpg.generators.ring import Ring
 
 WIDTH, DEPTH = 256, 12
 WEIGHT_BYTES = 4 * WIDTH * WIDTH
@@ -72,30 +68,10 @@ def build(model: str, way: str) -> tuple[nn.Module, torch.Tensor]:
     return fxrpg.transform(WAYS[way](make()), dof=512, plan=EVERYTHING), torch.randn(shape, requires_grad=True)
 
 
-@contextlib.contextmanager
-def births(monkeypatch) -> Iterator[list[StorageWeakRef]]:
-    """The storage of every weight that is generated inside the block."""
-    born: list[StorageWeakRef] = []
-    materialize = Ring.materialize
-
-    def watched(self, *args):
-        values = materialize(self, *args)
-        born.append(StorageWeakRef(values.untyped_storage()))
-        return values
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Ring, "materialize", watched)
-        yield born
-
-
-def alive(born: list[StorageWeakRef]) -> int:
-    return sum(not ref.expired() for ref in born)
-
-
 class CountAlive(TorchDispatchMode):
     """How many generated weights are alive when each op starts."""
 
-    def __init__(self, born: list[StorageWeakRef]) -> None:
+    def __init__(self, born: list[Birth]) -> None:
         super().__init__()
         self.born, self.most = born, 0
 

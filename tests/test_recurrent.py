@@ -48,7 +48,7 @@ def _compare_states(small: nn.Module, dense: nn.Module, tolerance: float) -> Non
     for name, view in plan.views.items():
         state = small.get_parameter(plan.state_of(name)).detach()
         scale = small.get_buffer("fxrpg_scale")
-        gradients[plan.state_of(name)] += fxrpg.lowering.accumulate_gradient(full[name].grad, state, scale, view.text)
+        gradients[plan.state_of(name)] += fxrpg.weights.accumulate_gradient(full[name].grad, state, scale, view.text)
     for name, expected in gradients.items():
         torch.testing.assert_close(small.get_parameter(name).grad, expected, rtol=tolerance, atol=tolerance)
     for name, p in small.named_parameters():

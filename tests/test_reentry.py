@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from births import alive, births
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -367,23 +367,15 @@ def test_a_mode_set_within_a_checkpoint_is_set_again():
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_generate_again_and_keep_nothing(kind, way, monkeypatch):
     torch.manual_seed(0)
-    small, born = small_of(KINDS[kind]()), []
-    for name in ("materialize", "materialize_part"):
-        real = getattr(Ring, name)
-
-        def watched(self, *args, real=real):
-            values = real(self, *args)
-            born.append(StorageWeakRef(values.untyped_storage()))
-            return values
-
-        monkeypatch.setattr(Ring, name, watched)
-    out = CHECKPOINTS[way](small, X.clone().requires_grad_())
-    assert all(ref.expired() for ref in born), "kept for backward"
-    count = len(born)
-    assert count
-    weighted(out).backward()
-    assert len(born) >= 2 * count
-    assert all(ref.expired() for ref in born)
+    small = small_of(KINDS[kind]())
+    with births(monkeypatch) as born:
+        out = CHECKPOINTS[way](small, X.clone().requires_grad_())
+        assert not alive(born), "kept for backward"
+        count = len(born)
+        assert count
+        weighted(out).backward()
+        assert len(born) >= 2 * count
+        assert not alive(born)
 
 
 ARGUMENTS = {

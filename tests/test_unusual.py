@@ -181,7 +181,7 @@ def test_a_gradient_that_is_differentiated_keeps_no_weight(layer):
     theirs = torch.autograd.grad(found[1], [dense.get_parameter(name) for name in views])
     scale = small.get_buffer("fxrpg_scale")
     expected = sum(
-        fxrpg.lowering.accumulate_gradient(g, small.fxrpg_ring.detach(), scale, view.text)
+        fxrpg.weights.accumulate_gradient(g, small.fxrpg_ring.detach(), scale, view.text)
         for g, view in zip(theirs, views.values(), strict=True)
     )
     torch.testing.assert_close(ours, expected)

@@ -17,8 +17,8 @@ from bench.zoo.calls import Difference, call, compare, differing_bits, largest, 
 from bench.zoo.subject import Subject, no_regions, seed, transformed, works
 from bench.zoo.watch import Saved
 from fxrpg.assemble import plan_of
-from fxrpg.lowering import accumulate_gradient
 from fxrpg.owner import SCALE, generated_of, link_of
+from fxrpg.weights import accumulate_gradient
 
 Check = Callable[[Subject], str | None]
 

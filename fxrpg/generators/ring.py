@@ -53,6 +53,7 @@ class Ring(Generator):
     method: ClassVar[str] = "ring"
     state_name: ClassVar[str] = "fxrpg_ring"
     native: ClassVar[str] = "fxrpg.kernels.native.ring"
+    collects: ClassVar[bool] = True
     keeps_ends: ClassVar[bool] = True
 
     block: int = 32

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxrpg.dispatch import Choice
 from fxrpg.kernels.fused import embedding
-from fxrpg.lowering import weight_dtype
+from fxrpg.weights import weight_dtype
 
 
 def forward(choice: Choice, where: Any, xs: Any, finish: Any, config: Any) -> Tensor | None:

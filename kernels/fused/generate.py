@@ -19,7 +19,7 @@ from fxrpg.view import Form, View
 
 @triton.jit
 def layer_scale(table, slot):
-    """Row `slot` of the table of scales: (256 * high + low) * 2^exponent, exact (`lowering.decode_scales`)."""
+    """Row `slot` of the table of scales: (256 * high + low) * 2^exponent, exact (`weights.decode_scales`)."""
     high, low = tl.load(table + 3 * slot).to(tl.float32), tl.load(table + 3 * slot + 1).to(tl.float32)
     exponent = tl.load(table + 3 * slot + 2).to(tl.int32)
     half = exponent >> 1
@@ -154,7 +154,7 @@ def generate(view: View, state: Tensor, scale: Tensor | None, dtype: torch.dtype
     """The weight of `view`, a fresh contiguous tensor of `dtype`, scaled if there is a table of scales.
 
     Returns:
-        Tensor of `view.shape`, bit-equal to `lowering.generate_weight`; None where torch has to make it: in float64, and
+        Tensor of `view.shape`, bit-equal to `weights.generate_weight`; None where torch has to make it: in float64, and
         for a generator without device functions.
     """
     if torch.float64 in (dtype, state.dtype):

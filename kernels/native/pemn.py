@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ _VIEW = ctypes.POINTER(_PemnView)
 
 def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Tensor | None:
     """The scaled weight of `view`, in `dtype`; None where no C code covers it."""
-    given = _given(view.whole.text)
+    given, pemn = _given(view.whole.text), cast(Any, view.generator)
     if given is None or state.dtype == torch.float64:
         return None
     single = dtype == torch.float32
@@ -47,7 +47,7 @@ def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Te
         bits = state.data_ptr()
     else:
         scores = state.data_ptr()
-        _select()(given.to, view.generator.kept(state.numel()), native.threads(state.numel()), scores, kept)
+        _select()(given.to, pemn.kept(state.numel()), native.threads(state.numel()), scores, kept)
     threads = native.threads(weight.numel())
     _weight(64 - 32 * single)(given, factor if single else 1.0, threads, scores, kept, bits, weight.data_ptr())
     if not single:
@@ -55,7 +55,7 @@ def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Te
     return view.narrowed(weight) if view.parent else weight
 
 
-def accumulate(grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
+def accumulate(into: None, grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
     """The gradient of the scores from that of the scaled weight."""
     given = _given(view.whole.text)
     if given is None or torch.float64 in (grad.dtype, state.dtype):

@@ -40,7 +40,7 @@ def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Te
     return values.mul_(factor) if dtype.itemsize >= 4 else (values.float() * factor).to(dtype)
 
 
-def accumulate(grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
+def accumulate(into: None, grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
     """The gradient of the coefficients from that of the scaled weight."""
     law = _law(view)
     return None if law is None else view.generator.projected(law, grad * factor, state, view)  # type: ignore[attr-defined]

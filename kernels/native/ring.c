@@ -6,6 +6,7 @@
 
 #include "layout.h"
 #include "random.h"
+#include "transpose.h"
 
 typedef struct {
     layout to;

@@ -46,25 +46,51 @@ def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Te
     return weight if dtype.itemsize > 2 else (weight.float() * factor).to(dtype)
 
 
-def accumulate(grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
-    """The gradient of the ring, of the type of `grad` (float32 or float64), from that of the scaled weight."""
+def accumulate(into: Tensor | None, grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
+    """The gradient of the ring, of the type of `grad` (float32 or float64), from that of the scaled weight.
+
+    Added to `into`, where that is given: in place, and only where the weight reads the ring.
+    """
     given = _given(view.text)
     if given is None:
         return None
+    sparse = view.generator.sparse
+    if into is not None and reads_once(view) and not sparse:
+        _call("ring_gradient", grad.dtype, view, given, factor, grad.contiguous(), into, True)
+        return into
     out = torch.empty(view.size, dtype=grad.dtype)
     _call("ring_gradient", grad.dtype, view, given, factor, grad.contiguous(), out)
-    return out.mul_(state != 0) if view.generator.sparse else out
+    out = out.mul_(state != 0) if sparse else out
+    return out if into is None else into.add_(out)
 
 
-def _call(name: str, dtype: torch.dtype, view: View, given: _RingView, factor: float, a: Tensor, b: Tensor) -> None:
+def reads_once(view: View) -> bool:
+    """Whether no two elements of the weight read the same cell."""
+    ring: Any = view.generator
+    padded = -(-view.count // ring.block) * ring.block
+    return ring.layout == "arc" and view.first == 0 and padded <= view.size
+
+
+def _call(
+    name: str,
+    dtype: torch.dtype,
+    view: View,
+    given: _RingView,
+    factor: float,
+    source: Tensor,
+    to: Tensor,
+    add: bool = False,
+) -> None:
     call = _function(f"{name}_{_NAMES[dtype.itemsize]}")
-    call(given, factor, native.threads(view.count), a.data_ptr(), b.data_ptr())
+    call(given, factor, native.threads(view.count), add, source.data_ptr(), to.data_ptr())
 
 
 @functools.cache
 def _function(name: str) -> Any:
     pointer = ctypes.c_void_p
-    return native.function(name, (ctypes.POINTER(_RingView), ctypes.c_double, ctypes.c_int, pointer, pointer))
+    return native.function(
+        name, (ctypes.POINTER(_RingView), ctypes.c_double, ctypes.c_int, ctypes.c_int, pointer, pointer)
+    )
 
 
 @functools.lru_cache(maxsize=1 << 14)

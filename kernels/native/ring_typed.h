@@ -63,28 +63,29 @@ static void NAMED(read)(
     if (v->reflect || SCALED) NAMED(turned)(v, factor, begin, end, out, out);
 }
 
-/* One row of a weight from logical order to memory's, or back. Most kernels have nine taps. */
+/* One row of a weight from logical order to memory's, or back. */
 static inline void NAMED(spread)(const layout *to, const WORD *row, WORD *out) {
     int64_t taps = to->sizes[1], inner = to->sizes[2];
-    if (taps == 9 && to->strides[1] == 1 && to->strides[2] == 9)
-        for (int64_t i = 0; i < inner; i++)
-            for (int k = 0; k < 9; k++) out[9 * i + k] = row[k * inner + i];
-    else
-        for (int64_t i = 0; i < inner; i++)
-            for (int64_t k = 0; k < taps; k++) out[k * to->strides[1] + i * to->strides[2]] = row[k * inner + i];
+    if (sizeof(WORD) == 4 && to->strides[1] == 1) {
+        transposed_32((const uint32_t *)row, taps, inner, inner, (uint32_t *)out, to->strides[2]);
+        return;
+    }
+    for (int64_t i = 0; i < inner; i++)
+        for (int64_t k = 0; k < taps; k++) out[k * to->strides[1] + i * to->strides[2]] = row[k * inner + i];
 }
 
 static inline void NAMED(collect)(const layout *to, const WORD *in, WORD *row) {
     int64_t taps = to->sizes[1], inner = to->sizes[2];
-    if (taps == 9 && to->strides[1] == 1 && to->strides[2] == 9)
-        for (int64_t i = 0; i < inner; i++)
-            for (int k = 0; k < 9; k++) row[k * inner + i] = in[9 * i + k];
-    else
-        for (int64_t i = 0; i < inner; i++)
-            for (int64_t k = 0; k < taps; k++) row[k * inner + i] = in[k * to->strides[1] + i * to->strides[2]];
+    if (sizeof(WORD) == 4 && to->strides[1] == 1) {
+        transposed_32((const uint32_t *)in, inner, taps, to->strides[2], (uint32_t *)row, inner);
+        return;
+    }
+    for (int64_t i = 0; i < inner; i++)
+        for (int64_t k = 0; k < taps; k++) row[k * inner + i] = in[k * to->strides[1] + i * to->strides[2]];
 }
 
-void NAMED(ring_weight)(const ring_view *v, double scale, int threads, const void *ring, void *weight) {
+void NAMED(ring_weight)(const ring_view *v, double scale, int threads, int add, const void *ring, void *weight) {
+    (void)add; /* a weight is written */
     const layout *to = &v->to;
     int64_t count = elements(to), run = run_of(to), runs = runs_of(to);
     double reciprocal = 1.0 / (double)v->size;
@@ -105,7 +106,7 @@ void NAMED(ring_weight)(const ring_view *v, double scale, int threads, const voi
 
 #if SCALED
 /* Adds elements begin .. end-1, ready in `values`, to those of their cells that lie `low` to `high` - 1 after `base`. */
-static void NAMED(add)(
+static void NAMED(put)(
     const ring_view *v, double reciprocal, int64_t base, int64_t low, int64_t high, int64_t begin, int64_t end,
     const VALUE *values, VALUE *ring
 ) {
@@ -133,9 +134,9 @@ static void NAMED(add)(
     }
 }
 
-/* The gradient of the ring from that of a scaled weight. Where no two elements share a cell, row by row. Else every thread
+/* The gradient of the ring from that of a scaled weight, in `out`, or added to what is there. Where no two elements share a cell, row by row. Else every thread
    owns a stretch of the ring and passes over all blocks in order: a cell's sum has one order for any number of threads. */
-void NAMED(ring_gradient)(const ring_view *v, double scale, int threads, const void *gradient, void *out) {
+void NAMED(ring_gradient)(const ring_view *v, double scale, int threads, int add, const void *gradient, void *out) {
     const layout *to = &v->to;
     int64_t count = elements(to), run = run_of(to), runs = runs_of(to), size = v->size;
     double reciprocal = 1.0 / (double)size;
@@ -147,7 +148,7 @@ void NAMED(ring_gradient)(const ring_view *v, double scale, int threads, const v
     {
         VALUE *row = once ? malloc((size_t)run * sizeof(VALUE)) : 0;
 #pragma omp for schedule(static)
-        for (int t = 0; t < threads; t++) {
+        for (int t = 0; t < (add ? 0 : threads); t++) {
             int64_t low = size * t / threads, high = size * (t + 1) / threads;
             memset((VALUE *)out + low, 0, (size_t)(high - low) * sizeof(VALUE));
         }
@@ -158,12 +159,12 @@ void NAMED(ring_gradient)(const ring_view *v, double scale, int threads, const v
             const WORD *in = (const WORD *)gradient + (flat ? begin : r * to->strides[0]);
             if (!flat) NAMED(collect)(to, in, (WORD *)values);
             NAMED(turned)(v, (VALUE)scale, begin, end, flat ? in : (WORD *)values, (WORD *)values);
-            if (once) NAMED(add)(v, reciprocal, base, 0, size, begin, end, values, out);
+            if (once) NAMED(put)(v, reciprocal, base, 0, size, begin, end, values, out);
         }
         free(row);
 #pragma omp for schedule(static)
         for (int t = 0; t < (once ? 0 : threads); t++)
-            NAMED(add)(v, reciprocal, 0, size * t / threads, size * (t + 1) / threads, 0, count, all, out);
+            NAMED(put)(v, reciprocal, 0, size * t / threads, size * (t + 1) / threads, 0, count, all, out);
     }
     free(all);
 }
