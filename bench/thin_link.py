@@ -37,9 +37,9 @@ from paper_models import resnet20  # noqa: E402
 
 import fxrpg  # noqa: E402
 from fxrpg.checkpoint import file_size, plain_tensor  # noqa: E402
+from fxrpg.digest import PLAN  # noqa: E402
 from fxrpg.errors import FxrpgError  # noqa: E402
 from fxrpg.header import tensors_digest  # noqa: E402
-from fxrpg.owner import PLAN  # noqa: E402
 
 BITS_PER_SECOND = 100
 SEED = 7

@@ -15,6 +15,7 @@ from fxrpg.checkpoint import load, save  # noqa: E402
 from fxrpg.compact import freeze, prune, quantize, truncate  # noqa: E402
 from fxrpg.delta import apply_delta, delta  # noqa: E402
 from fxrpg.discovery import announce as _announce  # noqa: E402
+from fxrpg.distributed import distribute  # noqa: E402
 from fxrpg.errors import FxrpgError  # noqa: E402
 from fxrpg.explain import explain  # noqa: E402
 from fxrpg.fit import fit  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "apply_delta",
     "delta",
+    "distribute",
     "explain",
     "fit",
     "freeze",

@@ -11,30 +11,27 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxrpg.digest import DIGEST, PLAN, encode_digest, unwatch_loading, watch_loading
 from fxrpg.epilogue import register_epilogue_flops
 from fxrpg.errors import FxrpgError
 from fxrpg.functions import METADATA, REQUIRES_GRAD
 from fxrpg.optimizers import watch_optimizers
 from fxrpg.owner import (
-    DIGEST,
     LINK,
-    PLAN,
     SCALE,
     TRACE,
     disown,
-    encode_digest,
     link_of,
     own,
     owned,
     tensor_at,
-    unwatch_loading,
-    watch_loading,
 )
 from fxrpg.passes.graph_module import adopt, release
 from fxrpg.passes.pipeline import rewrite
 from fxrpg.passes.restore import put_parameter, restore
 from fxrpg.plan import Plan
 from fxrpg.regions import uninstall
+from fxrpg.shares import is_sharded, whole
 from fxrpg.staging import register_flops
 from fxrpg.ties import tie_again, untie
 from fxrpg.trace import Trace
@@ -61,7 +58,7 @@ def trace_of(model: nn.Module) -> Trace:
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """The full weight called `name` of a transformed model, without autograd."""
     plan = plan_of(model)
-    state = tensor_at(model, plan.state_of(name)).detach()
+    state = whole(tensor_at(model, plan.state_of(name))).detach()
     return generate_weight(state, model.get_buffer(SCALE), plan.views[name].text)
 
 
@@ -126,11 +123,22 @@ def copy_without(model: nn.Module, parameters: list[nn.Parameter]) -> nn.Module:
 def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, also of a module that keeps computed tensors as attributes (an old-style weight_norm's weight)."""
     memo = {} if memo is None else memo
+    _check_whole(model)
     for module in model.modules():
         for value in pytree.tree_leaves(dict(vars(module))):  # also those in lists and dicts
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
+
+
+def _check_whole(model: nn.Module) -> None:
+    """No verb makes a new model from pieces that lie on several ranks."""
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            fix = "Call fxrpg.save on every rank, and fxrpg.load in one process; or use the model from before."
+            raise FxrpgError(
+                name, "must be whole for a new model to be made from it", "a piece of it on this rank", fix
+            )
 
 
 def owners_of(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, str]]:

@@ -39,19 +39,20 @@ class Law(ABC):
     deviation: ClassVar[float]
 
     @abstractmethod
-    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
+    def combine(self, numbers: Tensor, view: View, start: int = 0) -> Iterator[Tensor]:
         """sum_k numbers[:, k] v_ik for every element i, some elements at a time in logical order.
 
         Args:
             numbers: float64 [n, k].
+            start: the first of the k basis vectors, a multiple of 32.
 
         Yields:
             float64 [n, elements]; exact if the numbers are integers and every sum stays below 2^53.
         """
 
     @abstractmethod
-    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
-        """The adjoint: sum_i numbers[:, i] v_ik for every k < `size`.
+    def project(self, numbers: Tensor, view: View, size: int, start: int = 0) -> Tensor:
+        """The adjoint: sum_i numbers[:, i] v_ik for the `size` basis vectors from `start`, a multiple of 32.
 
         Args:
             numbers: float64 [n, count].
@@ -74,12 +75,12 @@ class Rademacher(Law):
 
     bits, deviation = 0, 1.0
 
-    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
+    def combine(self, numbers: Tensor, view: View, start: int = 0) -> Iterator[Tensor]:
         groups = -(-numbers.shape[1] // 32)
         numbers = torch.nn.functional.pad(numbers, (0, 32 * groups - numbers.shape[1])).view(len(numbers), groups, 4, 8)
         for rows in _row_chunks(view.count, view, numbers.device):
             part = numbers.new_zeros(len(numbers), len(rows))
-            for first, words in _crossed(rows, groups, view):
+            for first, words in _crossed(rows, groups, view, start // 32):
                 tables = _sums_of_signs(numbers[:, first : first + len(words)])  # [n, words, 4, 256]
                 for byte in range(4):
                     chosen = ((words >> 8 * byte & 0xFF) + _starts(len(words), numbers.device)).view(-1)
@@ -87,15 +88,15 @@ class Rademacher(Law):
                         row += table.index_select(0, chosen).view(words.shape).sum(0)
             yield part
 
-    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
+    def project(self, numbers: Tensor, view: View, size: int, start: int = 0) -> Tensor:
         parts = []
-        for start in range(0, groups := -(-size // 32), _BINNED):
-            batch = min(_BINNED, groups - start)
+        for group in range(0, groups := -(-size // 32), _BINNED):
+            batch = min(_BINNED, groups - group)
             bins = numbers.new_zeros(len(numbers), batch, 4, 256)
             done = 0
             for rows in _row_chunks(view.count, view, numbers.device):
                 some = numbers[:, done : done + len(rows)]
-                for first, words in _crossed(rows, batch, view, start):
+                for first, words in _crossed(rows, batch, view, start // 32 + group):
                     starts = _starts(len(words), numbers.device)
                     chosen = [((words >> 8 * byte & 0xFF) + starts).view(-1) for byte in range(4)]
                     for row, tables in zip(some, bins[:, first : first + len(words)], strict=True):
@@ -104,7 +105,7 @@ class Rademacher(Law):
                             tables[:, byte] += _binned(chosen[byte], repeated, len(words))
                 done += len(rows)
             parts.append(_signed_sums(bins).flatten(1))
-        return torch.cat(parts, 1)[:, :size]
+        return torch.cat(parts, 1)[:, :size] if parts else numbers.new_zeros(len(numbers), 0)
 
     def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
         rows = _rows(0, view.count, view, device)
@@ -121,20 +122,20 @@ class Drawn(Law):
     def values(self, rows: Tensor, first: int, count: int, view: View) -> Tensor:
         """Values of the basis vectors `first .. first + count - 1` on some elements: float64 [count, elements]."""
 
-    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
+    def combine(self, numbers: Tensor, view: View, start: int = 0) -> Iterator[Tensor]:
         for rows in _row_chunks(view.count, view, numbers.device):
             part = numbers.new_zeros(len(numbers), len(rows))
             for first, count in self._runs(numbers.shape[1], len(rows)):
-                part += numbers[:, first : first + count] @ self.values(rows, first, count, view)
+                part += numbers[:, first : first + count] @ self.values(rows, start + first, count, view)
             yield part
 
-    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
-        out, start = numbers.new_zeros(len(numbers), size), 0
+    def project(self, numbers: Tensor, view: View, size: int, start: int = 0) -> Tensor:
+        out, done = numbers.new_zeros(len(numbers), size), 0
         for rows in _row_chunks(view.count, view, numbers.device):
-            some = numbers[:, start : start + len(rows)]
+            some = numbers[:, done : done + len(rows)]
             for first, count in self._runs(size, len(rows)):
-                out[:, first : first + count] += some @ self.values(rows, first, count, view).t()
-            start += len(rows)
+                out[:, first : first + count] += some @ self.values(rows, start + first, count, view).t()
+            done += len(rows)
         return out
 
     def vectors(self, view: View, size: int, device: torch.device) -> Tensor:
@@ -175,20 +176,20 @@ class KhatriRao(Law):
 
     bits, deviation = 0, 1.0
 
-    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
+    def combine(self, numbers: Tensor, view: View, start: int = 0) -> Iterator[Tensor]:
         for outputs in self._output_chunks(view):
             part = numbers.new_zeros(len(numbers), outputs.stop - outputs.start, view.fan_in)
-            for first, left, right in self._factors(view, numbers.shape[1], numbers.device, outputs):
+            for first, left, right in self._factors(view, numbers.shape[1], numbers.device, outputs, start):
                 some = numbers[:, first : first + len(left)]
                 part += (left.t() * some[:, None, :]) @ right
             yield part.view(len(numbers), -1)
 
-    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
+    def project(self, numbers: Tensor, view: View, size: int, start: int = 0) -> Tensor:
         out = numbers.new_zeros(len(numbers), size)
         matrices = numbers.view(len(numbers), -1, view.fan_in)
         for outputs in self._output_chunks(view):
             some = matrices[:, outputs]
-            for first, left, right in self._factors(view, size, numbers.device, outputs):
+            for first, left, right in self._factors(view, size, numbers.device, outputs, start):
                 out[:, first : first + len(left)] += ((left @ some) * right).sum(2)
         return out
 
@@ -206,14 +207,14 @@ class KhatriRao(Law):
         return (view.count // view.fan_in + view.fan_in) * view.size
 
     def _factors(
-        self, view: View, size: int, device: torch.device, outputs: slice
+        self, view: View, size: int, device: torch.device, outputs: slice, start: int = 0
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first, u, w) for chunks of the basis: signs, float64 [chunk, outputs] and [chunk, inputs]."""
         rows = self._words(view, device, outputs)
         step = 32 * max(1, CHUNK // (16 * len(rows)))
         for first in range(0, size, step):
             count = min(step, size - first)
-            signs = _signs(crossed_words(rows, _columns(first // 32, -(-count // 32), view, device)), count)
+            signs = _signs(crossed_words(rows, _columns((start + first) // 32, -(-count // 32), view, device)), count)
             yield first, signs[:, : -view.fan_in], signs[:, -view.fan_in :]
 
     def _words(self, view: View, device: torch.device, outputs: slice) -> Tensor:

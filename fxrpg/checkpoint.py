@@ -17,12 +17,14 @@ from fxrpg.assemble import assemble, check_untransformed, copy_without, plan_of,
 from fxrpg.atomic import replacing
 from fxrpg.channels import narrow_modules
 from fxrpg.container import DTYPES, opened, read_layout, read_tensors
+from fxrpg.digest import DIGEST
 from fxrpg.errors import FxrpgError
 from fxrpg.filling import check_parameters, fill
 from fxrpg.header import KEPT, Contents, canonical, damaged, header_of, pruned_states, tensors_digest
-from fxrpg.owner import DIGEST, SCALE, tensor_at
+from fxrpg.owner import SCALE, tensor_at
 from fxrpg.packing import pack_bits
 from fxrpg.plan import Plan
+from fxrpg.shares import whole
 from fxrpg.validation import check_kept, check_tensors, parse
 from fxrpg.weights import encode_scales, generate_weight, weight_dtype
 
@@ -30,6 +32,7 @@ from fxrpg.weights import encode_scales, generate_weight, weight_dtype
 def save(model: nn.Module, path: str | os.PathLike[str], *, withhold_seed: bool = False) -> None:
     """Write a transformed `model` to one safetensors file: state, dense parameters, buffers, seed and table.
 
+    Of a model whose parameters are split over ranks (fully_shard, `fxrpg.distribute`) every rank must call this.
     The file is written beside its place and moved there when complete: a killed process leaves the old file or the new.
 
     Args:
@@ -198,19 +201,20 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     aliases: dict[str, str] = {}
     by_id: dict[int, str] = {}
     states = {id(tensor_at(model, state)): state for state in states_in(model)}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in (SCALE, DIGEST) or states.get(id(tensor), name) != name:
+    for name, held in model.state_dict(keep_vars=True).items():
+        if name in (SCALE, DIGEST) or states.get(id(held), name) != name:
             continue  # a mask's scores in a module of several names stand under one
+        tensor = whole(held)
         plain = isinstance(tensor, Tensor) and type(tensor.data) is Tensor and tensor.layout == torch.strided
         if not plain or tensor.dtype not in DTYPES:
             found = f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')} {getattr(tensor, 'layout', '')}".rstrip()
             fix = "Cast, densify or gather it, or store it beside the file."
             raise FxrpgError(f"save, {name}", "must be a plain tensor of a type that safetensors knows", found, fix)
-        if id(tensor) in by_id:
-            aliases[name] = by_id[id(tensor)]
+        if id(held) in by_id:
+            aliases[name] = by_id[id(held)]
         else:
             kept[name] = tensor
-            by_id[id(tensor)] = name
+            by_id[id(held)] = name
     for name in pruned.keys() & kept.keys():
         state = kept[name]
         live = state.detach() != 0

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from fxrpg.assemble import copy_module
 from fxrpg.checkpoint import plain_tensor
+from fxrpg.digest import DIGEST, PLAN
 from fxrpg.errors import FxrpgError
 from fxrpg.header import DTYPES, shown, tensors_digest
-from fxrpg.owner import DIGEST, PLAN
 
 FORMAT = "1"
 PAYLOAD = "delta"

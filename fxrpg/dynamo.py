@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from fxrpg.digest import PLAN
 from fxrpg.discovery import NAME
 from fxrpg.errors import FxrpgError
 from fxrpg.handle import Handle
 from fxrpg.lowering import Generated
-from fxrpg.owner import PLAN, SCALE, TRACE, Link
+from fxrpg.owner import SCALE, TRACE, Link
 from fxrpg.passes.decompose import decompose
 from fxrpg.passes.lifetimes import shorten_lives
 from fxrpg.passes.lower import GENERATE, OP, lower_readings, op_name, readings

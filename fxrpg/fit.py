@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fxrpg.assemble import copy_module, plan_of, weight_of
+from fxrpg.digest import DIGEST
 from fxrpg.errors import FxrpgError
-from fxrpg.owner import DIGEST, SCALE
+from fxrpg.owner import SCALE
 from fxrpg.plan import Plan
 from fxrpg.view import View
 from fxrpg.weights import scale_of

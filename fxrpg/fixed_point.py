@@ -12,7 +12,9 @@ GRADIENT_BITS = 30
 """The same for gradients: one fewer, so that four signed bytes hold one."""
 
 
-def fixed_point(alphas: Tensor, bits: int, kept: int = COEFFICIENT_BITS) -> tuple[Tensor, Tensor]:
+def fixed_point(
+    alphas: Tensor, bits: int, kept: int = COEFFICIENT_BITS, *, size: int | None = None, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`alphas` as rows of integers: alpha_k = sum_l limbs[l, k] * weights[l], to `kept` bits of the largest.
 
     How many rows there are depends on how many alphas; what they stand for does not.
@@ -21,15 +23,16 @@ def fixed_point(alphas: Tensor, bits: int, kept: int = COEFFICIENT_BITS) -> tupl
         alphas: floating-point [k].
         bits: of the largest basis value.
         kept: at most 31; float64 keeps twice as many.
+        size, largest: of some of a longer row of alphas, how many there are in all, and the largest magnitude, float64 [].
 
     Returns:
         (limbs, weights), both float64: [l, k] integers of so few bits that a sum over k of products with the basis stays
         below 2^53, and their powers of two, [l, 1]. NaN where an alpha is not finite.
     """
     wanted = 2 * kept if alphas.dtype == torch.float64 else kept
-    each = min(31, 53 - bits - max(1, len(alphas) - 1).bit_length())
+    each = min(31, 53 - bits - max(1, (len(alphas) if size is None else size) - 1).bit_length())
     alphas = alphas.to(torch.float64)
-    largest = alphas.abs().amax()
+    largest = alphas.abs().amax() if largest is None else largest
     broken = 0 * largest  # zero, or NaN if an alpha is not finite
     exponent = torch.frexp(torch.nan_to_num(largest, 1.0, 1.0))[1].to(torch.float64)
     exponent = exponent.clamp(min=-960)  # so that its power, and that of the last bit, are normal numbers

@@ -74,6 +74,11 @@ class Generator(ABC):
         return False
 
     @property
+    def splits(self) -> bool:
+        """Whether ranks can each hold a run of the state's numbers, and generate weights together."""
+        return False
+
+    @property
     def granule(self) -> int:
         """What the size of a state had better be a multiple of."""
         return 1

@@ -24,6 +24,7 @@ from fxrpg.geometry import ADDRESSES, ASKED, ASKS_FOR_GRAD, CONSTANTS, Geometry,
 from fxrpg.lowering import DECOMPOSITIONS, Generated, NotLowered, Rule, current_mode, rule_for, transforming
 from fxrpg.parts import part_of
 from fxrpg.recipes import Recipe, Recipes, storage_of
+from fxrpg.shares import local
 from fxrpg.surroundings import compiled_elsewhere, keep_mode
 from fxrpg.trace import Trace
 from fxrpg.view import View
@@ -125,13 +126,15 @@ class Handle(Tensor):
         """
         if not (self.differentiable and torch.is_grad_enabled()) or transforming():
             return self
-        handle = _Attach.apply(*self.generated[:2], self)
+        state, scale, text = self.generated[:3]
+        handle = _Attach.apply(local(state, text, self.weight_name), scale, self)
         return handle if isinstance(handle, Handle) else self
 
     def recipe(self) -> Recipe:
         """How to produce the weight again, without autograd."""
-        generated, chain = self.generated, self.chain
-        return Recipe(lambda: _replay(generate_weight(*generated[:3]), chain), generated.state, self.weight_name)
+        (state, scale, text), chain = self.generated[:3], self.chain
+        state = local(state, text, self.weight_name)
+        return Recipe(lambda: _replay(generate_weight(state, scale, text), chain), state, self.weight_name)
 
     def produce(self) -> Tensor:
         """The weight itself, on autograd's record, with the chain replayed."""

@@ -10,8 +10,9 @@ from torch import nn
 
 from fxrpg.assemble import plan_of, views_in
 from fxrpg.checkpoint import file_size
+from fxrpg.digest import DIGEST
 from fxrpg.header import pruned_states
-from fxrpg.owner import DIGEST, SCALE, tensor_at
+from fxrpg.owner import SCALE, tensor_at
 from fxrpg.plan import Plan
 
 

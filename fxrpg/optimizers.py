@@ -1,8 +1,9 @@
-"""Optimizers that were given a part of a model: the state of its weights belongs to the root, and would never be trained."""
+"""Optimizers that would train a model wrongly: given a part of it without the state, or a state that no process shares."""
 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fxrpg.digest import PLAN
 from fxrpg.errors import FxrpgError
 from fxrpg.handle import Handle
-from fxrpg.owner import PLAN, Link
+from fxrpg.owner import Link, owned
+from fxrpg.shares import PLAIN
 
 PATIENCE = 10
 """Steps of an optimizer before it is looked at: others may step less often."""
@@ -26,6 +29,7 @@ _stepped: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary(
 def watch_optimizers() -> None:
     """Look at the first steps of every optimizer. Called when a first model is transformed."""
     register_optimizer_step_pre_hook(_refuse_handles)
+    register_optimizer_step_pre_hook(_refuse_unshared)
     register_optimizer_step_post_hook(_warn_of_forgotten)
 
 
@@ -40,6 +44,34 @@ def _refuse_handles(optimizer: Optimizer, *_: Any) -> None:
                 "an optimizer must hold parameters",
                 f"the generated weight {parameter.weight_name}",
                 "Pass model.parameters(), which holds the state that it is generated from.",
+            )
+
+
+def _refuse_unshared(optimizer: Optimizer, *_: Any) -> None:
+    """fully_shard on blocks alone leaves out the root's state: its gradient would stay that of one rank's data."""
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    if optimizer in _stepped or sharding is None:
+        return
+    own = {id(p) for p in _parameters(optimizer)}
+    for root in Link.roots():
+        if any(id(p) in own for p in root.parameters()) and not isinstance(root, sharding.FSDPModule):
+            for module in root.modules():
+                if isinstance(module, sharding.FSDPModule):
+                    _check_shared(root, module)
+
+
+def _check_shared(root: nn.Module, module: nn.Module) -> None:
+    """The states that a fully_shard-ed module's weights are generated from must be sharded, or trained by nobody."""
+    plan = root.__dict__[PLAN]
+    for name, _owner, _attribute in owned(module):
+        state = plan.state_of(name)
+        tensor = root.get_parameter(state) if _is_parameter(root, state) else None
+        if type(tensor) in PLAIN and tensor is not None and tensor.requires_grad:
+            raise FxrpgError(
+                name,
+                f"its state {state} must be sharded where its module is",
+                "fully_shard on a part of the model, without which no rank hears of the others' gradients",
+                "Apply fully_shard to the transformed model itself too, after its blocks.",
             )
 
 

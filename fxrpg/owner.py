@@ -8,24 +8,24 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from fxrpg.digest import check_written
 from fxrpg.errors import FxrpgError
 from fxrpg.handle import Handle
 from fxrpg.lowering import LAYERS, Generated
 from fxrpg.onnx_export import refuse_onnx_tracing
 from fxrpg.plan import Plan
+from fxrpg.shares import PLAIN, local
 from fxrpg.surroundings import compiled_elsewhere, traced_symbolically
 from fxrpg.trace import Trace
 
 SCALE = "fxrpg_scale"
-DIGEST = "fxrpg_digest"
-PLAN = "_fxrpg_plan"
 TRACE = "_fxrpg_trace"
 LINK = "_fxrpg_link"
 
@@ -93,46 +93,6 @@ def disown(owner: nn.Module, weights: dict[str, nn.Parameter]) -> None:
         owner._init_flat_weights()
 
 
-def encode_digest(digest: str) -> Tensor:
-    """The buffer `fxrpg_digest`: the hexadecimal digits as float32, small integers that no cast or average changes."""
-    return torch.tensor([int(digit, 16) for digit in digest], dtype=torch.float32, device="cpu")
-
-
-def decode_digest(buffer: Tensor) -> str:
-    """The digest in a buffer; digits out of range become "?"."""
-    digits = buffer.detach().float().round().flatten().tolist()
-    return "".join(f"{int(digit):x}" if 0 <= digit < 16 else "?" for digit in digits)
-
-
-def watch_loading(root: nn.Module) -> None:
-    """Have `load_state_dict` refuse a state of another seed, plan or implementation, before it changes anything."""
-    if not _watches(root):
-        root.register_load_state_dict_pre_hook(_check_digest)
-
-
-def unwatch_loading(root: nn.Module) -> None:
-    """Undo `watch_loading`."""
-    for key in _watches(root):
-        del root._load_state_dict_pre_hooks[key]
-
-
-def _watches(root: nn.Module) -> list[int]:
-    hooks: Any = root._load_state_dict_pre_hooks
-    return [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is _check_digest]
-
-
-def _check_digest(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    found = state_dict.get(prefix + DIGEST)
-    expected = module.__dict__[PLAN].digest()
-    if found is not None and not found.is_meta and (digest := decode_digest(found)) != expected:
-        raise FxrpgError(
-            f"load_state_dict, {prefix + DIGEST}",
-            f"the state must belong to this model's seed and plan (digest {expected[:12]}...)",
-            f"digest {digest[:12]}...",
-            "Transform the model with the seed, dof, method and plan that the state was trained with.",
-        )
-
-
 def link_of(module: nn.Module) -> Link | None:
     """The module's link, if it owns generated weights."""
     return module.__dict__.get(LINK)
@@ -149,8 +109,12 @@ def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def generated_of(owner: nn.Module, attribute: str) -> Generated:
     """The weight as a lowering takes it: its state and the root's scales as they are now, and the view."""
     link: Any = owner._fxrpg_link
-    _name, state, text, shape = link.weights[attribute]
-    return Generated(tensor_at(link.root, state), link.root.fxrpg_scale, text, shape)
+    name, place, text, shape = link.weights[attribute]
+    state = tensor_at(link.root, place)
+    if type(state) not in PLAIN:
+        piece = local(state, text, name)
+        state = state if torch.is_grad_enabled() else piece  # the op's autograd kernel takes its piece of the other
+    return Generated(state, link.root.fxrpg_scale, text, shape)
 
 
 def tensor_at(root: nn.Module, name: str) -> Any:
@@ -174,6 +138,7 @@ def read(owner: nn.Module, attribute: str) -> Tensor:
             "torch.fx's symbolic tracer",
             "Trace the original model and transform the graph module.",
         )
+    check_written(link.root)
     return Handle(generated, link.weights[attribute][0], link.root.__dict__[TRACE]).attached()
 
 

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxrpg.assemble import plan_of, states_in
+from fxrpg.digest import PLAN
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator
-from fxrpg.owner import PLAN, link_of
+from fxrpg.owner import link_of
 from fxrpg.plan import Candidate, candidates
 from fxrpg.roles import PLAIN_KINDS, Role
 

@@ -9,6 +9,7 @@ import torch
 
 from fxrpg.collecting import joined
 from fxrpg.lowering import transforming
+from fxrpg.shares import PLAIN, local
 from fxrpg.view import View
 
 
@@ -42,7 +43,11 @@ def autograd_kernel(
     name = f"{op.name().replace('::', '_')}_function"
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})
 
+    place = [argument.name for argument in op._schema.arguments].index("state")
+
     def kernel(*args: Any) -> Any:
+        if type(args[place]) not in PLAIN:
+            args = (*args[:place], local(args[place], args[place + 2], op.name()), *args[place + 1 :])
         if transforming():
             return plain(*args)
         if not torch.is_grad_enabled():

@@ -11,9 +11,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxrpg.assemble import copy_module, trace_of
+from fxrpg.digest import PLAN
 from fxrpg.errors import FxrpgError
 from fxrpg.lowering import current_mode
-from fxrpg.owner import PLAN, generated_name, link_of, plain_class
+from fxrpg.owner import generated_name, link_of, plain_class
 from fxrpg.passes.region import FUSED, RegionTracer, fuse_layers, generates, reason_of
 from fxrpg.proof import difference, kept_randomness, seed
 from fxrpg.regions import (

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fxrpg.assemble import states_in
 from fxrpg.errors import FxrpgError
-from fxrpg.owner import PLAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +92,6 @@ def schedule_for(method: str, data: str, model: str) -> str:
     if method == "pemn" or (method == "dense" and family != "resnet"):
         return f"pemn-{family}"
     return "rpg-imagenet" if data == "imagefolder" else "rpg-cifar"
-
-
-def parameter_groups(model: nn.Module, *, decay_norms: bool = True) -> list[dict[str, Any]]:
-    """Groups for an optimizer: everything, or (`decay_norms=False`) norms, biases and single numbers without weight decay.
-
-    States are weights: a ring has one dimension, and is decayed all the same (RPG).
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if decay_norms:
-        return [{"params": list(trained.values())}]
-    states = set(states_in(model)) if PLAN in model.__dict__ else set()
-    decayed = [p for name, p in trained.items() if name in states or p.dim() > 1]
-    held = {id(p) for p in decayed}
-    rest = [p for p in trained.values() if id(p) not in held]
-    return [{"params": params} | extra for params, extra in ((decayed, {}), (rest, {"weight_decay": 0.0})) if params]
 
 
 def known(name: str) -> Schedule:

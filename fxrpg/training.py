@@ -14,6 +14,7 @@ from fxrpg.hashing import COORDINATE, Bijection, derive_key
 from fxrpg.owner import tensor_at
 from fxrpg.plan import checked_seed
 from fxrpg.scopes import shares
+from fxrpg.shares import is_sharded
 
 
 class PrancTrainer:
@@ -38,7 +39,8 @@ class PrancTrainer:
         seed: of the choices, which follow from it and the number of steps taken, `steps`, alone.
 
     Raises:
-        FxrpgError: `model` is no PRANC model or has frozen coefficients; a number is out of range.
+        FxrpgError: `model` is no PRANC model, or has coefficients that are frozen or split over ranks; a number is out of
+            range.
     """
 
     def __init__(
@@ -57,6 +59,9 @@ class PrancTrainer:
             for state, (name, *_) in plan.states.items()
             if plan.scope(name).generator.method == "pranc"
         }
+        if any(is_sharded(alpha) for alpha in self._alphas.values()):
+            found = "coefficients that are split over ranks"
+            raise FxrpgError("PrancTrainer", "needs whole coefficients", found, "Step the optimizer itself.")
         sizes = {state: len(alpha) for state, alpha in self._alphas.items()}
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
             fix = "Pass such as torch.optim.Adam(model.parameters())."

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fxrpg.container import DTYPES, MOST_DIMS
+from fxrpg.digest import DIGEST
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator
 from fxrpg.hashing import FORMAT_VERSION, SEED_LIMIT
@@ -33,7 +34,7 @@ from fxrpg.header import (
     pruned_states,
     shown,
 )
-from fxrpg.owner import DIGEST, SCALE
+from fxrpg.owner import SCALE
 from fxrpg.packing import unpack_bits
 from fxrpg.plan import Scope
 from fxrpg.view import View

@@ -21,7 +21,7 @@ METHODS: dict[str, type[Generator]] = {}
 """Every method by its name; a generator's file registers itself."""
 
 
-_RARE = ("generator", "stack", "parent", "first")
+_RARE = ("generator", "stack", "parent", "first", "ranks", "average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class View:
         stack: leading logical axes that only count matrices, as in the experts of a mixture: [expert, out, in] has one.
         parent: of a part of a weight, the whole; its elements `first`, `first + 1`, ... in logical order are the part.
         first: see `parent`.
+        ranks: name of the process group over which the state is split (`fxrpg.distribute`), "" if it is not.
+        average: of a split state, whether the ranks see different data, so that weights' gradients are averaged over them.
     """
 
     generator: Generator
@@ -57,6 +59,8 @@ class View:
     stack: int = 0
     parent: View | None = None
     first: int = 0
+    ranks: str = ""
+    average: bool = False
 
     @property
     def count(self) -> int:
@@ -91,6 +95,7 @@ class View:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _RARE}
         data |= {"stack": self.stack} if self.stack else {}
         data |= {"parent": self.parent.fields(), "first": self.first} if self.parent else {}
+        data |= {"ranks": self.ranks, "average": self.average} if self.ranks else {}
         return data | {"method": self.generator.method, "settings": dataclasses.asdict(self.generator)}
 
     @staticmethod

@@ -63,7 +63,7 @@ def generate_weight(state: Tensor, scale: Tensor, text: str, dtype: torch.dtype 
 
 def made(view: View, state: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Every generated weight, whole or a part, is a result of this function, but for those of `plain_weight`."""
-    if kernels_wanted(state.device) and view.whole is view:
+    if kernels_wanted(state.device) and view.whole is view and not view.ranks:
         found = importlib.import_module(view.generator.pair).generate(view, state.detach(), scale, dtype)
         if found is not None:
             return found
@@ -114,7 +114,7 @@ def accumulate_gradient(grad: Tensor, state: Tensor, scale: Tensor, text: str) -
     if view.parent:
         return as_stored(view.generator.accumulate_part(scaled, state, view), state)
     scaled = view.widened(scaled)
-    if kernels_wanted(state.device) and view.whole is view and wide == torch.float32:
+    if kernels_wanted(state.device) and view.whole is view and wide == torch.float32 and not view.ranks:
         found = importlib.import_module(view.generator.pair).accumulate(scaled, state.detach(), view)
         if found is not None:
             return as_stored(found, state)

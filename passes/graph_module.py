@@ -8,7 +8,8 @@ from typing import Any
 
 import torch.fx as fx
 
-from fxrpg.owner import DIGEST, PLAN, TRACE, link_of, plain_class, watch_loading
+from fxrpg.digest import DIGEST, PLAN, watch_loading
+from fxrpg.owner import TRACE, link_of, plain_class
 
 
 def adopt(gm: fx.GraphModule) -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_settings import threads
 
-from fxrpg import Pranc, basis
+from fxrpg import Pranc, basis, native
 from fxrpg.basis import LAWS
 from fxrpg.fixed_point import COEFFICIENT_BITS, GRADIENT_BITS, fixed_point
 from fxrpg.hashing import COLUMN, ROW, crossed_words, random_words, words_at
+from fxrpg.kernels.native import pranc as native_pranc
 from fxrpg.view import View
 
 CPU = torch.device("cpu")
@@ -479,3 +480,17 @@ def test_khatri_rao_is_of_rank_one_in_each_vector(shape):
     assert view.generator.law == "khatri_rao"
     assert LAWS["khatri_rao"].draws(view) == (shape[0] + view.fan_in) * 40
     assert LAWS["rademacher"].draws(view) == view.count * 40
+
+
+@EVERY_LAW
+@pytest.mark.parametrize("start", [0, 32, 96])
+def test_a_run_of_the_basis_is_drawn_without_the_rest(law, start):
+    view = view_of(law, (6, 5), 101)
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-99, 99, (2, 101 - start), generator=generator).double()
+    grads = torch.randint(-99, 99, (2, view.count), generator=generator).double()
+    run = LAWS[law].vectors(view, 101, CPU)[start:]
+    compiled = native_pranc._LAWS if native.library() else {}
+    for one in {LAWS[law], compiled.get(law, LAWS[law])}:
+        assert torch.equal(torch.cat(list(one.combine(numbers, view, start)), 1), numbers @ run)
+        assert torch.equal(one.project(grads, view, 101 - start, start), grads @ run.t())

@@ -14,7 +14,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 import fxrpg
-from fxrpg import demo
+from fxrpg.demo import digits as demo
 
 EVERYTHING = [fxrpg.Rule("*", "generate")]
 SIXTEEN = {"bfloat16": torch.bfloat16, "float16": torch.float16}

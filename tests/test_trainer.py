@@ -23,7 +23,6 @@ from fxrpg import FxrpgError, PrancTrainer, snapshots
 from fxrpg.batches import MODEL, PICTURES, Order, in_order
 from fxrpg.hashing import derive_key
 from fxrpg.journal import Callback, CsvLog, TensorBoardLog
-from fxrpg.schedules import parameter_groups
 from fxrpg.snapshots import NAME
 from fxrpg.trainer import Trainer, Training
 
@@ -492,24 +491,3 @@ def test_schedulers_that_need_the_loss_are_refused():
 def test_evaluate_needs_tests():
     with pytest.raises(FxrpgError, match="needs test examples"):
         small_run(test=None).evaluate()
-
-
-def test_groups_decay_the_state_but_not_norms():
-    model = network()
-    decayed, rest = parameter_groups(model, decay_norms=False)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)] for p in decayed["params"]} == {"fxrpg_ring", "0.weight", "6.weight"}
-    assert {names[id(p)] for p in rest["params"]} == {"0.bias", "1.weight", "1.bias", "3.bias", "6.bias"}
-    assert rest["weight_decay"] == 0
-    (everything,) = parameter_groups(model)
-    assert len(everything["params"]) == 8
-    model.fxrpg_ring.requires_grad_(False)
-    assert "fxrpg_ring" not in {names[id(p)] for group in parameter_groups(model) for p in group["params"]}
-
-
-def test_groups_of_masks_and_dense_models():
-    masks = fxrpg.transform(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), dof=3, method="pemn")
-    decayed, _ = parameter_groups(masks, decay_norms=False)
-    assert sum(p.numel() for p in decayed["params"]) == 32
-    decayed, rest = parameter_groups(nn.Linear(4, 4), decay_norms=False)
-    assert [p.shape for p in (*decayed["params"], *rest["params"])] == [(4, 4), (4,)]

@@ -19,9 +19,10 @@ from fxrpg.demo.models import build_network
 from fxrpg.errors import FxrpgError
 from fxrpg.journal import Callback, CsvLog, Row, TensorBoardLog
 from fxrpg.ledger import ledger
+from fxrpg.parameter_groups import parameter_groups
 from fxrpg.pictures import Pictures, load_pictures
 from fxrpg.ranks import Ranks, joined
-from fxrpg.schedules import Schedule, known, parameter_groups, schedule_for
+from fxrpg.schedules import Schedule, known, schedule_for
 from fxrpg.steps import Training
 from fxrpg.trainer import Trainer
 from fxrpg.training import PrancTrainer
@@ -99,7 +100,9 @@ def _trainer(job: Job, pictures: Pictures, ranks: Ranks) -> Trainer:
         model = job.transform(model)
     model.to(ranks.device)
     steps = len(pictures.train) // training.batch
-    groups = parameter_groups(model, decay_norms=job.decay_norms)
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if not job.decay_norms:
+        groups = parameter_groups(model, lr=lr, weight_decay=schedule.weight_decay)
     optimizer, scheduler = schedule.build(groups, lr, training.epochs * steps)
     active = _active(job, schedule, model)
     descent = None

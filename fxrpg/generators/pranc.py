@@ -18,6 +18,7 @@ from fxrpg.basis import LAWS, Law
 from fxrpg.errors import FxrpgError
 from fxrpg.fixed_point import GRADIENT_BITS, fixed_point, from_parts
 from fxrpg.generator import Generator
+from fxrpg.shares import Share
 from fxrpg.straight_through import straight_through
 from fxrpg.view import View
 
@@ -60,6 +61,10 @@ class Pranc(Generator):
     def kinds(self) -> tuple[str, ...]:
         return ("conv", "linear", "bias", *(("norm",) if self.norms else ()))
 
+    @property
+    def splits(self) -> bool:
+        return True
+
     def state_size(self, dof: int | float, shapes: Sequence[tuple[int, ...]]) -> int:
         """The number of coefficients: an int is taken exactly, a fraction is one of the generated weights, rounded."""
         return dof if isinstance(dof, int) else max(1, round(dof * self.most(shapes)))
@@ -80,15 +85,19 @@ class Pranc(Generator):
 
     def summed(self, law: Law, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:
         """`materialize` with the sums that `law` makes."""
-        limbs, weights = fixed_point(state.detach(), law.bits)
+        share = Share.of(state, view)
+        limbs, weights = fixed_point(state.detach(), law.bits, size=view.size, largest=share.largest(state))
         values = torch.empty(view.count, dtype=dtype, device=state.device)
         first = 0
-        for sums in law.combine(limbs, view):
+        for sums in share.summed(law.combine(share.padded(limbs), view, share.start)):
             values[first : first + sums.shape[1]] = _divided(from_parts(sums, weights), law.deviation)
             first += sums.shape[1]
         return view.from_logical(values)
 
     def reference(self, state: Tensor, view: View) -> Tensor:
+        if view.ranks:
+            fix = "Take the model from before fxrpg.distribute."
+            raise FxrpgError("torch.func", "needs all coefficients in one process", "a basis split over ranks", fix)
         law = LAWS[self.law]
         basis = law.vectors(view, view.size, state.device) / law.deviation
         live = state * (state.detach() != 0) if self.sparse else state
@@ -100,8 +109,11 @@ class Pranc(Generator):
 
     def projected(self, law: Law, grad: Tensor, state: Tensor, view: View) -> Tensor:
         """`accumulate` with the sums that `law` makes."""
+        share = Share.of(state, view)
+        grad = share.averaged(grad) if view.average else grad
         limbs, weights = fixed_point(view.to_logical(grad), law.bits, GRADIENT_BITS)
-        found = _divided(from_parts(law.project(limbs, view, view.size), weights), law.deviation)
+        drawn = law.project(limbs, view, share.first - share.start + share.count, share.start)
+        found = _divided(from_parts(drawn[:, share.first - share.start :], weights), law.deviation)
         return (found * (state != 0) if self.sparse else found).to(grad.dtype)
 
     def materialize_part(self, state: Tensor, view: View, dtype: torch.dtype) -> Tensor:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxrpg  # noqa: F401  (the methods register themselves)
-from fxrpg import demo
 from fxrpg.api import transform
+from fxrpg.demo import digits as demo
 from fxrpg.generator import Generator
 
 TRAIN, BATCH = 1000, 125

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fxrpg import demo
 from fxrpg.api import transform
+from fxrpg.demo import digits as demo
 from fxrpg.errors import FxrpgError
 from fxrpg.generator import Generator
 

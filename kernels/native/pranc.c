@@ -11,6 +11,7 @@
 
 typedef struct {
     int64_t first, count; /* elements of the whole weight that are wanted */
+    int64_t group;        /* of 32 basis vectors, the first that is wanted */
     uint32_t row[2], column[2];
 } basis_view;
 
@@ -31,7 +32,7 @@ void rademacher_combine(
     const basis_view *v, int64_t rows, int64_t groups, int threads, const double *numbers, double *out
 ) {
     uint32_t *columns = malloc((size_t)groups * sizeof(uint32_t));
-    words_of(v->column, 0, groups, columns);
+    words_of(v->column, v->group, groups, columns);
     int64_t chunks = (v->count + CHUNK - 1) / CHUNK;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t c = 0; c < chunks; c++) {
@@ -61,7 +62,7 @@ void rademacher_project(
 ) {
     uint32_t *columns = malloc((size_t)groups * sizeof(uint32_t));
     uint32_t *elements = malloc((size_t)v->count * sizeof(uint32_t));
-    words_of(v->column, 0, groups, columns);
+    words_of(v->column, v->group, groups, columns);
     words_of(v->row, v->first, v->count, elements);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t g = 0; g < groups; g++) {

@@ -25,6 +25,7 @@ class _BasisView(ctypes.Structure):
     _fields_ = [
         ("first", ctypes.c_int64),
         ("count", ctypes.c_int64),
+        ("group", ctypes.c_int64),
         ("row", ctypes.c_uint32 * 2),
         ("column", ctypes.c_uint32 * 2),
     ]
@@ -54,18 +55,18 @@ def _law(view: View) -> Law | None:
 class _Rademacher(Rademacher):
     """Signs that pick ready sums, a byte at a time, while they are made."""
 
-    def combine(self, numbers: Tensor, view: View) -> Iterator[Tensor]:
+    def combine(self, numbers: Tensor, view: View, start: int = 0) -> Iterator[Tensor]:
         padded = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % 32)).contiguous()
         groups = padded.shape[1] // 32
-        for start in range(0, view.count, _SUMS):
-            given = _given(view, start, min(_SUMS, view.count - start))
+        for first in range(0, view.count, _SUMS):
+            given = _given(view, first, min(_SUMS, view.count - first), start)
             out = padded.new_empty(len(padded), given.count)
             threads = native.threads(given.count * groups)
             _sums("combine")(given, len(padded), groups, threads, padded.data_ptr(), out.data_ptr())
             yield out
 
-    def project(self, numbers: Tensor, view: View, size: int) -> Tensor:
-        given, numbers, groups = _given(view, 0, view.count), numbers.contiguous(), -(-size // 32)
+    def project(self, numbers: Tensor, view: View, size: int, start: int = 0) -> Tensor:
+        given, numbers, groups = _given(view, 0, view.count, start), numbers.contiguous(), -(-size // 32)
         out = numbers.new_empty(len(numbers), 32 * groups)
         threads = native.threads(view.count * groups)
         _sums("project")(given, len(numbers), groups, threads, numbers.data_ptr(), out.data_ptr())
@@ -76,7 +77,7 @@ class _KhatriRao(KhatriRao):
     """Larger chunks of signs than plain torch, whose many small steps had better stay below a thread's share."""
 
     def _factors(
-        self, view: View, size: int, device: torch.device, outputs: slice
+        self, view: View, size: int, device: torch.device, outputs: slice, start: int = 0
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         words, keys = self._words(view, device, outputs), stream_keys(view.seed, COLUMN, view.tensor)
         step = max(1, _FACTORS // (32 * len(words)))
@@ -85,7 +86,7 @@ class _KhatriRao(KhatriRao):
             signs = torch.empty(32 * some, len(words), dtype=torch.float64)
             threads = native.threads(signs.numel())
             where = words.data_ptr(), signs.data_ptr()
-            _signs()((ctypes.c_uint32 * 2)(*keys), group, some, len(words), threads, *where)
+            _signs()((ctypes.c_uint32 * 2)(*keys), start // 32 + group, some, len(words), threads, *where)
             signs = signs[: size - 32 * group]
             yield 32 * group, signs[:, : -view.fan_in], signs[:, -view.fan_in :]
 
@@ -93,8 +94,9 @@ class _KhatriRao(KhatriRao):
 _LAWS: dict[str, Law] = {"rademacher": _Rademacher(), "khatri_rao": _KhatriRao()}
 
 
-def _given(view: View, start: int, count: int) -> _BasisView:
-    given = _BasisView(first=view.first + start, count=count)
+def _given(view: View, first: int, count: int, start: int) -> _BasisView:
+    """Elements from `first` of a view, and basis vectors from `start`, as C code takes them."""
+    given = _BasisView(first=view.first + first, count=count, group=start // 32)
     given.row[:] = stream_keys(view.seed, ROW, view.tensor)
     given.column[:] = stream_keys(view.seed, COLUMN, view.tensor)
     return given
