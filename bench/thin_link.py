@@ -31,15 +31,14 @@ from tabulate import tabulate
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from paper_models import resnet20  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 import fxrpg  # noqa: E402
 from fxrpg.checkpoint import file_size, plain_tensor  # noqa: E402
 from fxrpg.digest import PLAN  # noqa: E402
 from fxrpg.errors import FxrpgError  # noqa: E402
 from fxrpg.header import tensors_digest  # noqa: E402
+from fxrpg.networks import resnet20  # noqa: E402
 
 BITS_PER_SECOND = 100
 SEED = 7

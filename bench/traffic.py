@@ -20,11 +20,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from models import resnet18  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 import fxrpg  # noqa: E402
+from fxrpg.networks import resnet18  # noqa: E402
 
 BYTES = {"float": 4, "double": 8, "int": 4, "long int": 8, "c10::BFloat16": 2, "c10::Half": 2, "unsigned char": 1}
 CASES: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {

@@ -27,8 +27,8 @@ METHODS = {
     "pemn": {"dof": 0.1, "method": "pemn", "plan": EVERY},
 }
 CLASSES = {
-    "resnet20": (("paper_models", "resnet20", {}), (2, 3, 16, 16)),
-    "convmixer": (("paper_models", "convmixer", {"dim": 16, "depth": 2}), (2, 3, 8, 8)),
+    "resnet20": (("networks", "resnet20", {}), (2, 3, 16, 16)),
+    "convmixer": (("networks", "convmixer", {"dim": 16, "depth": 2}), (2, 3, 8, 8)),
     "encoder": (
         ("torch.nn", "TransformerEncoderLayer", {"d_model": 16, "nhead": 2, "dim_feedforward": 32}),
         (5, 2, 16),
@@ -36,6 +36,16 @@ CLASSES = {
     "lstm": (("torch.nn", "LSTM", {"input_size": 8, "hidden_size": 16, "num_layers": 2}), (5, 2, 8)),
 }
 """Model -> the class that a receiver has too (module, name, arguments), and the shape of an input."""
+
+
+# the papers' networks as a module of the user's own, which needs no fxrpg
+LOADED = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("networks", {str(ROOT / "fxrpg" / "networks.py")!r})
+sys.modules["networks"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["networks"])
+"""
+exec(LOADED)
 
 
 def build(name: str) -> nn.Module:
@@ -49,7 +59,7 @@ def build(name: str) -> nn.Module:
 def child(code: str, *arguments: str) -> str:
     """What another process prints: with one thread, as the tests have."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-c", LOADED + code, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -10,12 +10,12 @@ import torch
 import torch.fx as fx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import resnet18
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxrpg
 from fxrpg import FxrpgError, Rule
+from fxrpg.networks import resnet18
 
 EVERYTHING = [Rule("*", "generate")]
 
