@@ -60,6 +60,8 @@ class Guard:
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.armed or event.startswith(HARMLESS) or (event == "open" and not args[2] & WRITES):
             return
+        if event == "ctypes.dlsym":  # the library's own C code, when a function of it is first called
+            return
         if self.graph and event in ("compile", "exec", "marshal.loads"):  # torch.fx writes a graph's forward anew
             return
         self.seen.append(f"{event} {args!r}"[:300])

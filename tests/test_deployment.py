@@ -39,13 +39,13 @@ CLASSES = {
 
 
 # the papers' networks as a module of the user's own, which needs no fxrpg
-LOADED = f"""
+NETWORKS = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("networks", {str(ROOT / "fxrpg" / "networks.py")!r})
 sys.modules["networks"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["networks"])
 """
-exec(LOADED)
+exec(NETWORKS)
 
 
 def build(name: str) -> nn.Module:
@@ -59,7 +59,7 @@ def build(name: str) -> nn.Module:
 def child(code: str, *arguments: str) -> str:
     """What another process prints: with one thread, as the tests have."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOADED + code, *arguments]
+    command = [sys.executable, "-c", NETWORKS + code, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

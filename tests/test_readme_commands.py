@@ -66,7 +66,14 @@ def run(line: str, folder: Path, pictures: str = "few") -> str:
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PICTURES": pictures, "ROOT": str(ROOT)}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     done = subprocess.run(
-        f"{line} {more}", shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+        f"{line} {more}",
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

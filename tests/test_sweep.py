@@ -293,7 +293,14 @@ def start(*argv: object) -> subprocess.Popen[str]:
     """A sweep in a process of its own, with a script that takes its time."""
     command = [sys.executable, "-m", "fxrpg", "sweep", *map(str, argv)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

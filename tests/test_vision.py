@@ -105,8 +105,8 @@ def test_what_the_flags_mean(folder, capsys, monkeypatch):
     assert {name: getattr(trainer.training, name) for name in expected} == expected
     optimizer = trainer._stepper.optimizer
     assert type(optimizer) is torch.optim.AdamW
-    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.01, 0.01]
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.005, 0]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == 3 * [0.01]
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0, 0.005, 0.005]
     assert {name for name, _ in trainer.model.named_parameters() if name.startswith("fxrpg_")} == {
         "fxrpg_ring_3", "fxrpg_ring_7", "fxrpg_ring_9",
     }  # fmt: skip
