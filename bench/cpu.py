@@ -41,7 +41,7 @@ COLUMNS = (
 )  # fmt: skip
 """`ratio`: the median over the baseline's (the case's first contestant); `spread`: half the distance between the quartiles
 over the median; `rss_mib`: what calls after the first take at most, model and all, by the system's account; `torch_mib`: the
-same by torch's allocator, from the building on; `generation`: "C" or "torch"."""
+same by torch's allocator; `generation`: "C" or "torch"."""
 
 FIRST_CALL = "first call of a ResNet-18"
 ROUNDS = 7
@@ -109,16 +109,19 @@ def _report_memory(case: Case, name: str) -> None:
 
 
 def torch_peak(build: Callable[[], Call]) -> int:
-    """Bytes that torch's allocator has in use at most while a call is built and made twice."""
+    """Bytes that torch's allocator has in use at most during the second call, with all that is kept since the building."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call = build()
         call()
-        call()
+        with torch.profiler.record_function("second call"):
+            call()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    begin = next(event.start_ns() for event in events if event.name() == "second call")
     total = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
+    for event in events:
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total) if event.start_ns() >= begin else total
     return peak
 
 
@@ -188,7 +191,8 @@ def draw(rows: list[Row], path: Path) -> None:
         for row in rows
     ]
     axes.set_yticks(places, labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.08)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xlabel="time / time of the first of its case (lower is better; black: the goal)")
     axes.set_title(f"{rows[0]['processor']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}", fontsize=9)

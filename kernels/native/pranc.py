@@ -15,8 +15,6 @@ from fxrpg.basis import KhatriRao, Law, Rademacher
 from fxrpg.hashing import COLUMN, ROW, stream_keys
 from fxrpg.view import View
 
-_FACTORS = 1 << 18
-"""Signs of a chunk of Khatri-Rao factors: two megabytes, and matrix products of a size that libraries are good at."""
 _SUMS = 1 << 16
 """Elements of a weight that are summed together."""
 
@@ -26,6 +24,8 @@ class _BasisView(ctypes.Structure):
         ("first", ctypes.c_int64),
         ("count", ctypes.c_int64),
         ("group", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
         ("row", ctypes.c_uint32 * 2),
         ("column", ctypes.c_uint32 * 2),
     ]
@@ -52,53 +52,52 @@ def _law(view: View) -> Law | None:
     return _LAWS.get(generator.law) if alone and view.whole.count < 1 << 31 else None
 
 
-class _Rademacher(Rademacher):
-    """Signs that pick ready sums, a byte at a time, while they are made."""
+class _Signs:
+    """Signs that pick ready sums, a byte at a time, while they are made: they are never unpacked, nor multiplied."""
+
+    products = False
+    """Whether a sign is one of an output times one of an input."""
 
     def combine(self, numbers: Tensor, view: View, start: int = 0) -> Iterator[Tensor]:
         padded = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % 32)).contiguous()
         groups = padded.shape[1] // 32
         for first in range(0, view.count, _SUMS):
-            given = _given(view, first, min(_SUMS, view.count - first), start)
+            given = _given(view, first, min(_SUMS, view.count - first), start, self.products)
             out = padded.new_empty(len(padded), given.count)
             threads = native.threads(given.count * groups)
             _sums("combine")(given, len(padded), groups, threads, padded.data_ptr(), out.data_ptr())
             yield out
 
     def project(self, numbers: Tensor, view: View, size: int, start: int = 0) -> Tensor:
-        given, numbers, groups = _given(view, 0, view.count, start), numbers.contiguous(), -(-size // 32)
+        given, numbers = _given(view, 0, view.count, start, self.products), numbers.contiguous()
+        groups = -(-size // 32)
         out = numbers.new_empty(len(numbers), 32 * groups)
         threads = native.threads(view.count * groups)
         _sums("project")(given, len(numbers), groups, threads, numbers.data_ptr(), out.data_ptr())
         return out[:, :size]
 
 
-class _KhatriRao(KhatriRao):
-    """Larger chunks of signs than plain torch, whose many small steps had better stay below a thread's share."""
+class _Rademacher(_Signs, Rademacher):
+    """A word for every element and 32 basis vectors."""
 
-    def _factors(
-        self, view: View, size: int, device: torch.device, outputs: slice, start: int = 0
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        words, keys = self._words(view, device, outputs), stream_keys(view.seed, COLUMN, view.tensor)
-        step = max(1, _FACTORS // (32 * len(words)))
-        for group in range(0, groups := -(-size // 32), step):
-            some = min(step, groups - group)
-            signs = torch.empty(32 * some, len(words), dtype=torch.float64)
-            threads = native.threads(signs.numel())
-            where = words.data_ptr(), signs.data_ptr()
-            _signs()((ctypes.c_uint32 * 2)(*keys), start // 32 + group, some, len(words), threads, *where)
-            signs = signs[: size - 32 * group]
-            yield 32 * group, signs[:, : -view.fan_in], signs[:, -view.fan_in :]
+
+class _KhatriRao(_Signs, KhatriRao):
+    """The exclusive or of an output's word and an input's: on a CPU that costs less than a matrix product of signs."""
+
+    products = True
 
 
 _LAWS: dict[str, Law] = {"rademacher": _Rademacher(), "khatri_rao": _KhatriRao()}
 
 
-def _given(view: View, first: int, count: int, start: int) -> _BasisView:
-    """Elements from `first` of a view, and basis vectors from `start`, as C code takes them."""
+def _given(view: View, first: int, count: int, start: int, products: bool) -> _BasisView:
+    """What the C code is told: elements `first` to `first + count - 1` of the view, basis vectors from `start` on."""
     given = _BasisView(first=view.first + first, count=count, group=start // 32)
     given.row[:] = stream_keys(view.seed, ROW, view.tensor)
     given.column[:] = stream_keys(view.seed, COLUMN, view.tensor)
+    if products:
+        whole = view.whole
+        given.inner, given.inputs = whole.fan_in, whole.count // whole.fan_in
     return given
 
 
@@ -108,10 +107,4 @@ _INT64, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 @functools.cache
 def _sums(name: str) -> Any:
     view = ctypes.POINTER(_BasisView)
-    return native.function(f"rademacher_{name}", (view, _INT64, _INT64, _INT, _POINTER, _POINTER))
-
-
-@functools.cache
-def _signs() -> Any:
-    keys = ctypes.POINTER(ctypes.c_uint32)
-    return native.function("crossed_signs", (keys, _INT64, _INT64, _INT64, _INT, _POINTER, _POINTER))
+    return native.function(f"signs_{name}", (view, _INT64, _INT64, _INT, _POINTER, _POINTER))
