@@ -228,7 +228,7 @@ def main() -> None:
         rows += first_calls(arguments.threads)
     rows = [row | stamp for row in rows]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = [*_others(arguments.out / "cpu.csv", rows), *rows]
+    rows = _in_order([*_others(arguments.out / "cpu.csv", rows), *rows])
     with (arguments.out / "cpu.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
@@ -243,6 +243,12 @@ def _others(path: Path, rows: list[Row]) -> list[Row]:
         return []
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["case"] not in {new["case"] for new in rows}]
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """As the cases stand in their list, the first calls last."""
+    places = {case.name: place for place, case in enumerate(CASES)}
+    return sorted(rows, key=lambda row: places.get(row["case"], len(places)))
 
 
 def _processor() -> str:

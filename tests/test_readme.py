@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -51,6 +52,15 @@ def test_the_ledger_is_the_one_shown():
     # the file's size depends on how many digits each scale has
     exact = [re.sub(r"\s+", " ", re.sub(r"11,6\d\d,\d\d\d", "11.6 MB", text)).strip() for text in (shown, printed)]
     assert exact[0] == exact[1]
+
+
+def test_the_figures_of_a_cpu_are_those_of_the_file():
+    sys.path.insert(0, str(ROOT))
+    from bench import cpu
+
+    with (ROOT / "bench" / "results" / "cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert f"<!-- cpu -->\n```text\n{cpu.table(rows)}\n```\n<!-- end of cpu -->" in README
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
