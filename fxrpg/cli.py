@@ -408,6 +408,9 @@ def _check_not_overwritten(source: Path | None, out: Path) -> None:
 
 def _unpack(arguments: argparse.Namespace) -> None:
     _check_not_overwritten(arguments.file, arguments.out)
+    if arguments.out.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        fix = "Pass such as --out dense.safetensors; safetensors.torch.load_file reads it."
+        raise FxrpgError("--out", "must name a safetensors file", str(arguments.out), fix)
     tensors = checkpoint.unpack(arguments.file, arguments.seed)
     checkpoint.write_tensors(arguments.out, tensors, {"format": "pt"})  # tied ones under each of their names
     print(f"wrote {arguments.out}: {sum(t.numel() for t in tensors.values()):,} numbers in {len(tensors)} tensors")

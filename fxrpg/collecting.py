@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from fxrpg import native
 
-_joined: Any = WeakTensorKeyDictionary()
-"""State -> a weak reference to the tensor that graphs read in its place, while one of them lives."""
+_joined: dict[int, Any] = {}
+"""id of a state -> a weak reference to the tensor that graphs read in its place, while one of them lives. None to the state
+itself: a parameter with one cannot be swapped by torch."""
 
 
 class Collector:
@@ -45,13 +46,15 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, state: Tensor, collector: Collector) -> Tensor:
-        ctx.collector = collector
+        ctx.gathers = collector  # not the name that ops have for it: `asked_for` tells them apart
         ctx.set_materialize_grads(False)  # ops that have put their part return none
         return state.detach()  # of the same version: a change in place is noticed, and is no change of a view
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        found = ctx.collector.take()
+        if torch.compiler.is_compiling():
+            return grad, None
+        found = ctx.gathers.take()
         if found is None or grad is None:
             return grad if found is None else found, None
         return grad + found, None
@@ -64,15 +67,32 @@ def joined(state: Tensor) -> tuple[Tensor, Collector | None]:
     """
     if not (state.requires_grad and state.is_leaf) or torch.compiler.is_compiling() or not native.wanted(state):
         return state, None
-    known = _joined.get(state)
+    known = _joined.get(id(state))
     found = known() if known is not None else None
-    if found is None or _where(found) != _where(state):
+    if found is None or not _stands_for(found, state):
         collector = Collector()
         found = _Join.apply(state, collector)
         found.fxrpg_collector = collector
-        _joined[state] = TensorWeakRef(found)
+        if len(_joined) >= 64:
+            for key in [key for key, ref in list(_joined.items()) if ref() is None]:
+                _joined.pop(key, None)
+        _joined[id(state)] = TensorWeakRef(found)
     return found, found.fxrpg_collector
 
 
-def _where(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape
+def asked_for(ctx: Any) -> bool | None:
+    """Whether the backward under way asks for the state's gradient, by the record of an op; None where that cannot be told."""
+    if torch.compiler.is_compiling() or ctx.collector is None or torch._C._current_graph_task_id() < 0:
+        return None  # compiled autograd sums by itself
+    nodes = [node for node, _ in ctx.next_functions if getattr(node, "gathers", None) is ctx.collector]
+    return any(torch._C._will_engine_execute_node(node) for node in nodes) if nodes else None
+
+
+def _stands_for(found: Tensor, state: Tensor) -> bool:
+    """Whether `found` is still an alias of `state` that leads its gradient there."""
+    (node, _), *_ = found.grad_fn.next_functions  # type: ignore[union-attr]
+    return getattr(node, "variable", None) is state and _where(found) == _where(state)
+
+
+def _where(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

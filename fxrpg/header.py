@@ -52,7 +52,9 @@ class Contents:
         stored, given = self.fields["seed"], None if seed is None else checked_seed(seed)
         if stored == WITHHELD and given is None:
             must = "the seed must be given, because the file withholds it"
-            raise FxrpgError(str(path), must, "none", "Pass seed=...")
+            raise FxrpgError(
+                str(path), must, "none", "Pass it as seed=..., --seed or, to from_pretrained, fxrpg_seed=..."
+            )
         if stored != WITHHELD and given not in (None, stored):
             raise FxrpgError(str(path), f"the file's seed is {stored}", f"seed={given}", "Leave the argument out.")
         used = stored if given is None else given

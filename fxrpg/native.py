@@ -51,6 +51,8 @@ def _ordinary(tensor: Tensor) -> bool:
         (kind is Tensor or kind is nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
+        and not tensor.is_neg()
+        and torch._C._has_storage(tensor)  # autograd's batched gradients have none
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
@@ -114,7 +116,7 @@ def _cache() -> Path:
     root = os.environ.get("FXRPG_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "fxrpg"
     )
-    folder = Path(root)
+    folder = Path(root).absolute()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.stat()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxrpg import fusing
+from fxrpg.collecting import asked_for
 from fxrpg.lowering import current_mode, lowering_mode
 from fxrpg.onnx_export import refuse_onnx_export
 from fxrpg.recipes import generated_again
@@ -213,9 +214,10 @@ class _Staged:
         return (*grads, None, None, *[None] * len(ctx.config))
 
     def _collected(self, ctx: Any, grad: Tensor, xs: list[Tensor], state: Tensor, scale: Tensor) -> bool:
-        """Whether the weight's part of the state's gradient went straight into the sum of this backward."""
-        if ctx.collector is None or not collects(grad, state, scale, ctx.text):
-            return False
+        """Whether the weight's part of the state's gradient went into the sum of this backward, or is not wanted."""
+        asked = asked_for(ctx)
+        if not asked or not collects(grad, state, scale, ctx.text):
+            return asked is False
         weight_grad = self.dense.weight_grad(grad, xs, View.parse(ctx.text).shape, *ctx.config)
         ctx.collector.add(lambda into: add_gradient(into, weight_grad, state, scale, ctx.text))
         return True

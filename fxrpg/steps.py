@@ -92,6 +92,9 @@ class Stepper:
             found = "fp16" if descent.optimizer is optimizer else "another optimizer"
             fix = "Pass the same optimizer to both, and amp='bf16' or none."
             raise FxrpgError("descent", "steps the trainer's optimizer, with unscaled gradients", found, fix)
+        if descent is not None and descent.nested:
+            fix = "Leave it out, or take PrancTrainer's own `step` in a loop of yours."
+            raise FxrpgError("descent", "trains no prefixes here", "nested=True", fix)
         self.loss_sum = torch.zeros((), device=ranks.device)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema)) if training.ema else None
         self._whole: nn.Module = ranks.wrapped(model)

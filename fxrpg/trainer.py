@@ -94,6 +94,7 @@ class Trainer:
             self._tests = in_order(test, each, training.workers, pinned=self._pinned, **shared)
         fixed = ("epochs", "batch", "accumulate", "clip", "amp", "ema", "seed")
         self._settings = {name: getattr(training, name) for name in fixed} | {"examples": len(examples)}
+        self._settings |= {"optimizer": _described(optimizer), "descent": _told(descent)}
         self._settings |= settings or {}
         self._read_back = False
 
@@ -236,3 +237,19 @@ class Trainer:
             raise FxrpgError(str(path), "must fit the model and the optimizer", text, fix) from None
         self.step, self.seconds = found["step"], found["seconds"]
         self._read_back = True
+
+
+def _described(optimizer: torch.optim.Optimizer) -> str:
+    """The optimizer as it is before its first step: another one would silently take the numbers of the snapshot's."""
+    groups = [
+        ", ".join(f"{name}={value}" for name, value in sorted(group.items()) if name != "params")
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__name__}({'; '.join(groups)})"
+
+
+def _told(descent: PrancTrainer | None) -> str | None:
+    """Which coefficients move when, of a coordinate descent."""
+    if descent is None:
+        return None
+    return f"active={descent._active}, period={descent.period}, seed={descent.seed}"

@@ -11,6 +11,7 @@ import torch.fx.traceback as traceback
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxrpg.collecting import asked_for
 from fxrpg.lowering import current_mode, lowering_mode
 from fxrpg.recording import autograd_kernel
 from fxrpg.staging import LIBRARY, empty_weight
@@ -79,7 +80,10 @@ def _save_generate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_generate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     state, scale = ctx.saved_tensors
     with lowering_mode(ctx.mode):
-        if ctx.collector is None or torch.is_grad_enabled() or not collects(grad, state, scale, ctx.view):
+        asked = None if torch.is_grad_enabled() else asked_for(ctx)
+        if asked is False:
+            return None, None, None
+        if not asked or not collects(grad, state, scale, ctx.view):
             return torch.ops.fxrpg.accumulate.default(grad, state, scale, ctx.view), None, None
         ctx.collector.add(lambda into: add_gradient(into, grad, state, scale, ctx.view))
         return None, None, None

@@ -255,3 +255,61 @@ def test_frozen_and_recorded_states():
     assert joined(ring)[0] is shared
     with torch.utils.flop_counter.FlopCounterMode(display=False):
         assert joined(ring) == (ring, None)
+
+
+def test_states_put_beside_one_another_in_memory():
+    """The same address, type and shape, and other numbers."""
+    small, base = model(), torch.randn(4_000)
+    small.fxrpg_ring.data = base[:2_000]
+    kept = small(torch.ones(3, 24)).sum()
+    small.fxrpg_ring.data = base[::2]
+    with torch.no_grad():
+        expected = small(torch.ones(3, 24))
+    torch.testing.assert_close(small(torch.ones(3, 24)).detach(), expected)
+    del kept
+
+
+def test_backwards_that_do_not_ask_for_the_ring_leave_and_compute_nothing():
+    small, x = model(), torch.ones(3, 24, requires_grad=True)
+    others = {id(o) for o in gc.get_objects() if type(o).__name__ == "Collector"}
+    out = small(x)
+    (collector,) = (o for o in gc.get_objects() if type(o).__name__ == "Collector" and id(o) not in others)
+    for _ in range(3):
+        torch.autograd.grad(out.sum(), x, retain_graph=True)
+        out.sum().backward(inputs=[small[0].bias], retain_graph=True)
+    assert collector._sums == {}
+    assert small.fxrpg_ring.grad is None
+
+
+@pytest.mark.parametrize("wanted", ["ring", "x"])
+def test_batched_gradients(wanted):
+    small, x = model(500, layers=2), torch.ones(24, requires_grad=True)
+    target = small.fxrpg_ring if wanted == "ring" else x
+    out = small(x)
+    (found,) = torch.autograd.grad(out, [target], torch.eye(24), is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, [target], row, retain_graph=True)[0] for row in torch.eye(24)]
+    torch.testing.assert_close(found, torch.stack(one_by_one))
+
+
+def test_parameters_that_are_swapped():
+    small = model()
+    backward(small)
+    small.zero_grad()
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        small.double()
+        small.load_state_dict(small.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    small(torch.ones(3, 24, dtype=torch.float64)).sum().backward()
+    assert small.fxrpg_ring.grad.dtype == torch.float64
+
+
+def test_compiled_autograd():
+    small = model()
+    reference = expected(small, backward)
+    loss = small(torch.ones(3, 24)).square().sum()
+    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        loss.backward()
+    torch.testing.assert_close(small.fxrpg_ring.grad, reference)

@@ -275,3 +275,68 @@ def test_logger_is_quiet(caplog):
     with caplog.at_level(logging.WARNING, "fxrpg"):
         native.library()
     assert not caplog.records
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", ["ring", "pemn", "pranc"])
+def test_whatever_torch_has_as_default(method):
+    """The memory that C code writes to has its own type and device."""
+    made = fxrpg.transform(layers(), dof=40, method=method, plan=[fxrpg.Rule("*", "generate")])
+    expected = [(name, found.clone()) for name, found, _ in both(made, torch.float32)]
+    with torch.device("meta"):
+        dense = fxrpg.materialize(made)
+    assert all(torch.equal(dense.get_parameter(name), w) for name, w in expected if not name.startswith("gradient"))
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            plan = plan_of(made)
+            state_of = {name: state for state, names in plan.states.items() for name in names}
+            for name, view in plan.views.items():
+                state = made.get_parameter(state_of[name]).detach()
+                grad = torch.ones(view.shape, dtype=torch.float32)
+                found = accumulate_gradient(grad, state, made.fxrpg_scale, view.text)
+                with lowering_mode("materialized"):
+                    assert same(found, accumulate_gradient(grad, state, made.fxrpg_scale, view.text)), name
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", ["ring", "pemn"])
+def test_other_sizes_are_plain_torch_s_to_refuse(method):
+    small = fxrpg.transform(nn.Linear(64, 64), dof=3_000, method=method, plan=[fxrpg.Rule("*", "generate")])
+    view, scale = plan_of(small).views["weight"], small.fxrpg_scale
+    name = next(iter(plan_of(small).states))
+    wrong = torch.ones(8, 8) if method == "pemn" else torch.ones(100)
+
+    def called():
+        return torch.func.functional_call(small, {name: wrong}, (torch.ones(1, 64),))
+
+    with lowering_mode("materialized"):
+        expected = None if method == "pemn" else called()
+    if expected is None:
+        with pytest.raises(RuntimeError):
+            called()
+    else:
+        torch.testing.assert_close(called(), expected)
+    with pytest.raises(RuntimeError):
+        torch.ops.fxrpg.accumulate(torch.ones(8, 8), small.get_parameter(name).detach(), scale, view.text)
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", ["ring", "pemn", "pranc"])
+def test_tensors_that_are_read_negated(method):
+    small = fxrpg.transform(nn.Linear(64, 64), dof=40, method=method, plan=[fxrpg.Rule("*", "generate")])
+    view, scale = plan_of(small).views["weight"], small.fxrpg_scale
+    state, grad = small.get_parameter(next(iter(plan_of(small).states))).detach(), torch.randn(64, 64)
+    found = accumulate_gradient(torch._neg_view(grad), state, scale, view.text)
+    assert torch.equal(found, accumulate_gradient(-grad, state, scale, view.text))
+    assert torch.equal(
+        generate_weight(torch._neg_view(state), scale, view.text), generate_weight(-state, scale, view.text)
+    )
+
+
+@needs_compiler
+def test_a_relative_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path, FXRPG_CACHE=".").stdout.startswith("True")

@@ -174,3 +174,15 @@ def test_a_stack_survives_its_file(tmp_path):
     x = torch.randn(2, 32)
     assert torch.equal(again(x), small(x))
     assert fxrpg.assemble.plan_of(again).views == fxrpg.assemble.plan_of(small).views
+
+
+@pytest.mark.parametrize("method", [fxrpg.Ring(), fxrpg.Pranc(), fxrpg.Pranc(law="khatri_rao"), fxrpg.Pemn()], ids=repr)
+def test_parts_of_a_pruned_weight(method):
+    """Their elements are counted without the channels that are gone."""
+    dense = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+    small = fxrpg.transform(dense, dof=100, method=method, plan=[fxrpg.Rule("*.weight", "generate")])
+    pruned = fxrpg.prune_channels(small, 0.5)
+    weight, x = pruned[2].weight, torch.ones(1, pruned[2].in_features)
+    whole = torch.nn.functional.linear(x, weight)
+    for part in (slice(2, 4), slice(0, 3), slice(4, None)):
+        torch.testing.assert_close(torch.nn.functional.linear(x, weight[part]), whole[:, part])

@@ -491,3 +491,36 @@ def test_schedulers_that_need_the_loss_are_refused():
 def test_evaluate_needs_tests():
     with pytest.raises(FxrpgError, match="needs test examples"):
         small_run(test=None).evaluate()
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    """It would silently take the numbers of the snapshot's."""
+    examples = TensorDataset(torch.randn(32, 6), torch.randint(3, (32,)))
+    for lr, momentum in ((0.1, 0.9), (0.2, 0.9), (0.1, 0.5)):
+        model = nn.Linear(6, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+        trainer = Trainer(model, optimizer, Training(epochs=1, batch=8), examples, folder=tmp_path)
+        if (lr, momentum) == (0.1, 0.9):
+            trainer.fit(resume=True)
+        else:
+            with pytest.raises(FxrpgError, match=r"optimizer must be 'SGD\(.*lr=0.1, .*momentum=0.9"):
+                trainer.fit(resume=True)
+
+
+def test_coordinate_descent_is_part_of_what_a_run_is(tmp_path):
+    examples = TensorDataset(torch.randn(32, 6), torch.randint(3, (32,)))
+
+    def trainer(**options):
+        torch.manual_seed(0)
+        small = fxrpg.transform(nn.Linear(6, 3), dof=10, method="pranc")
+        optimizer = torch.optim.Adam(small.parameters())
+        descent = fxrpg.PrancTrainer(small, optimizer, **options)
+        return Trainer(small, optimizer, Training(epochs=1, batch=8), examples, folder=tmp_path, descent=descent)
+
+    trainer(active=5).fit(resume=True)
+    trainer(active=5).fit(resume=True)
+    for other in ({"active": 3}, {"active": 5, "period": 2}, {"active": 5, "seed": 1}, {}):
+        with pytest.raises(FxrpgError, match="descent must be .active="):
+            trainer(**other).fit(resume=True)
+    with pytest.raises(FxrpgError, match="trains no prefixes"):
+        trainer(nested=True)

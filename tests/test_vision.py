@@ -213,6 +213,11 @@ def test_mistakes_are_told_before_anything_is_done(argv, message, folder, capsys
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", [("--model", "resnet20"), ("--method=ring",), ("--seed", "0")])
+def test_flags_of_pictures_need_data_with_their_defaults_too(flag, capsys):
+    assert "needs --data" in run(capsys, "demo", *flag, code=2)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_takes_pictures_of_cifar(name):
     build_network(name, 10, 32, seed=0)

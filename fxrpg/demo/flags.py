@@ -73,9 +73,11 @@ def check_no_data(arguments: argparse.Namespace) -> None:
         fix = "Pass --data, or start one process."
         raise FxrpgError("demo", "on digits, runs in one process", f"WORLD_SIZE={os.environ['WORLD_SIZE']}", fix)
     for name, default in arguments.needs_data.items():
-        if getattr(arguments, name) != default:
+        flag = f"--{name.replace('_', '-')}"
+        given = any(word.partition("=")[0] == flag for word in arguments.argv)  # with its default, maybe
+        if given or getattr(arguments, name) != default:
             fix = "Pass --data cifar10 --root FOLDER, or leave it out."
-            raise FxrpgError(f"--{name.replace('_', '-')}", "needs --data, pictures of your own", "none", fix)
+            raise FxrpgError(flag, "needs --data, pictures of your own", "none", fix)
 
 
 def job_of(arguments: argparse.Namespace, transform: Callable[[nn.Module], nn.Module]) -> Job:

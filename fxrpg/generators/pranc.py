@@ -124,6 +124,8 @@ class Pranc(Generator):
 
     def _drawn_alone(self, view: View) -> bool:
         """Whether a part's values can be drawn without the rest: of a basis of rank one, whole rows can."""
+        if view.parent is not None and view.parent.kept:  # its elements are counted without the channels that are gone
+            return False
         rows = view.fan_in == view.whole.fan_in and view.first % view.fan_in == 0
         return rows or self.law != "khatri_rao"
 

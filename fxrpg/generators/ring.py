@@ -210,7 +210,10 @@ class Ring(Generator):
 
     def _addressed_alone(self, view: View) -> bool:
         """Whether the blocks and the sign words of a part are no other part's too."""
-        return self.layout != "block_diagonal" and view.first % max(self.block, 32) == 0
+        pruned = view.parent is not None and bool(
+            view.parent.kept
+        )  # its elements are counted without the channels gone
+        return self.layout != "block_diagonal" and view.first % max(self.block, 32) == 0 and not pruned
 
     def _gathered(self, ring: Tensor, view: View) -> Tensor:
         """The weight that reads `ring`, with its signs."""

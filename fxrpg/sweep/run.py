@@ -167,7 +167,7 @@ def _conclude(task: Task, grid: Grid, rows: Sequence[Row], failures: Sequence[Fa
     """Print and write what came out."""
     if rows:
         found = outcome(rows, grid.within)
-        title = f"{task.name}: accuracy against degrees of freedom"
+        title = f"{task.name}: test error against degrees of freedom"
         picture.write_png(found, report.visible(title), grid.out / "accuracy.png")
         report.write(task, rows, found, failures, grid.out / "report.html")
         print(f"\n{_table(found)}\n")

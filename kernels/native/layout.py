@@ -14,6 +14,16 @@ class Layout(ctypes.Structure):
 
     _fields_ = [("sizes", ctypes.c_int64 * 3), ("strides", ctypes.c_int64 * 3)]
 
+    @property
+    def flat(self) -> bool:
+        """Whether elements lie in logical order (`is_flat` of layout.h)."""
+        return self.sizes[0] == self.sizes[1] == self.strides[2] == 1
+
+    @property
+    def run(self) -> int:
+        """Elements that are made together (`run_of`)."""
+        return 8192 if self.flat else self.sizes[1] * self.sizes[2]
+
     @classmethod
     def of(cls, view: View) -> Layout | None:
         """The axes of the view in logical order, those merged that run together; None for more than three."""

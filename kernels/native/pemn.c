@@ -2,7 +2,6 @@
 
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "layout.h"
@@ -106,43 +105,41 @@ static void fixed_values(const pemn_view *v, const double *table, int64_t begin,
     }
 }
 
-static double *table_of(const pemn_view *v, int64_t count) {
-    double *table = 0;
-    if (v->size < count) {
-        table = malloc((size_t)v->size * sizeof(double));
-        drawn(v, 0, v->size, table);
-    }
+/* Draws the prototype into `table` where the weight goes through it more than once; else there is no table. */
+static const double *table_of(const pemn_view *v, int64_t count, double *table) {
+    if (v->size >= count) return 0;
+    drawn(v, 0, v->size, table);
     return table;
 }
 
-/* Masks come from scores and what was selected of them or, without scores, from `bits`, one an element. */
-#define WEIGHT(NAME, VALUE)                                                                                          \
-    void NAME(                                                                                                       \
+/* Masks come from scores and what was selected of them or, without scores, from `bits`, one an element. `scratch`: a run for
+   each thread, then a prototype that is shorter than the weight. */
+#define WEIGHT(NAME, VALUE)                                                                                             \
+    void NAME(                                                                                                          \
         const pemn_view *v, double scale, int threads, const float *scores, const selection *kept, const uint8_t *bits, \
-        VALUE *weight                                                                                                \
-    ) {                                                                                                              \
-        const layout *to = &v->to;                                                                                   \
-        int64_t count = elements(to), run = run_of(to), runs = runs_of(to);                                          \
-        int flat = is_flat(to);                                                                                      \
-        VALUE factor = (VALUE)scale, rest = (VALUE)(scores && kept->broken ? NAN : 0.0);                             \
-        double *table = table_of(v, count);                                                                          \
-        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                              \
-            double *values = malloc((size_t)run * sizeof(double));                                                   \
-            _Pragma("omp for schedule(static)") for (int64_t r = 0; r < runs; r++) {                                 \
-                int64_t begin = r * run, end = least(begin + run, count), i = 0, k = 0;                           \
-                fixed_values(v, table, begin, end, values);                                                          \
-                for (int64_t e = begin; e < end; e++) {                                                              \
-                    int64_t at = flat ? e : r * to->strides[0] + k * to->strides[1] + i * to->strides[2];            \
-                    uint32_t size = scores ? magnitude(scores[at]) : 0;                                              \
-                    int keep = scores ? size > kept->least || (size == kept->least && e <= kept->last)               \
-                                      : bits[e >> 3] >> (e & 7) & 1;                                                 \
-                    weight[at] = keep ? (VALUE)values[e - begin] * factor : rest;                                    \
-                    if (++i == to->sizes[2]) i = 0, k++;                                                             \
-                }                                                                                                    \
-            }                                                                                                        \
-            free(values);                                                                                            \
-        }                                                                                                            \
-        free(table);                                                                                                 \
+        VALUE *weight, double *scratch                                                                                  \
+    ) {                                                                                                                 \
+        const layout *to = &v->to;                                                                                      \
+        int64_t count = elements(to), run = run_of(to), runs = runs_of(to);                                             \
+        int flat = is_flat(to);                                                                                         \
+        VALUE factor = (VALUE)scale, rest = (VALUE)(scores && kept->broken ? NAN : 0.0);                                \
+        const double *table = table_of(v, count, scratch + threads * run);                                              \
+        _Pragma("omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)")                           \
+        for (int t = 0; t < threads; t++) {                                                                             \
+            double *values = scratch + t * run;                                                                         \
+            for (int64_t r = runs * t / threads; r < runs * (t + 1) / threads; r++) {                                   \
+                int64_t begin = r * run, end = least(begin + run, count), i = 0, k = 0;                                 \
+                fixed_values(v, table, begin, end, values);                                                             \
+                for (int64_t e = begin; e < end; e++) {                                                                 \
+                    int64_t at = flat ? e : r * to->strides[0] + k * to->strides[1] + i * to->strides[2];               \
+                    uint32_t size = scores ? magnitude(scores[at]) : 0;                                                 \
+                    int keep = scores ? size > kept->least || (size == kept->least && e <= kept->last)                  \
+                                      : bits[e >> 3] >> (e & 7) & 1;                                                    \
+                    weight[at] = keep ? (VALUE)values[e - begin] * factor : rest;                                       \
+                    if (++i == to->sizes[2]) i = 0, k++;                                                                \
+                }                                                                                                       \
+            }                                                                                                           \
+        }                                                                                                               \
     }
 
 WEIGHT(pemn_weight_32, float)
@@ -150,18 +147,17 @@ WEIGHT(pemn_weight_64, double)
 
 /* Straight through the mask: the weight's gradient times its fixed value and the sign of its score. */
 void pemn_gradient(
-    const pemn_view *v, double scale, int threads, const float *scores, const float *gradient, float *out
+    const pemn_view *v, double scale, int threads, const float *scores, const float *gradient, float *out, double *scratch
 ) {
     const layout *to = &v->to;
     int64_t count = elements(to), run = run_of(to), runs = runs_of(to);
     int flat = is_flat(to);
     float factor = (float)scale;
-    double *table = table_of(v, count);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        double *values = malloc((size_t)run * sizeof(double));
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < runs; r++) {
+    const double *table = table_of(v, count, scratch + threads * run);
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        double *values = scratch + t * run;
+        for (int64_t r = runs * t / threads; r < runs * (t + 1) / threads; r++) {
             int64_t begin = r * run, end = least(begin + run, count), i = 0, k = 0;
             fixed_values(v, table, begin, end, values);
             for (int64_t e = begin; e < end; e++) {
@@ -171,7 +167,5 @@ void pemn_gradient(
                 if (++i == to->sizes[2]) i = 0, k++;
             }
         }
-        free(values);
     }
-    free(table);
 }

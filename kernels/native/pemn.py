@@ -35,12 +35,13 @@ _VIEW = ctypes.POINTER(_PemnView)
 
 def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Tensor | None:
     """The scaled weight of `view`, in `dtype`; None where no C code covers it."""
-    given, pemn = _given(view.whole.text), cast(Any, view.generator)
-    if given is None or state.dtype == torch.float64:
+    given, pemn, whole = _given(view.whole.text), cast(Any, view.generator), view.whole
+    frozen = state.dtype == torch.uint8
+    expected = pemn.frozen_shape(whole) if frozen else whole.shape
+    if given is None or state.dtype == torch.float64 or state.shape != expected:
         return None
     single = dtype == torch.float32
-    weight = torch.empty(view.whole.shape, dtype=dtype if single else torch.float64)
-    frozen = state.dtype == torch.uint8
+    weight = torch.empty(whole.shape, dtype=dtype if single else torch.float64, device=state.device)
     kept, scores, bits = _Selection(), 0, 0
     state = state.contiguous() if frozen else state.float().contiguous()
     if frozen:
@@ -49,7 +50,9 @@ def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Te
         scores = state.data_ptr()
         _select()(given.to, pemn.kept(state.numel()), native.threads(state.numel()), scores, kept)
     threads = native.threads(weight.numel())
-    _weight(64 - 32 * single)(given, factor if single else 1.0, threads, scores, kept, bits, weight.data_ptr())
+    scratch = _scratch(given, threads, state.device)
+    where = weight.data_ptr(), scratch.data_ptr()
+    _weight(64 - 32 * single)(given, factor if single else 1.0, threads, scores, kept, bits, *where)
     if not single:
         weight = _scaled(weight.to(dtype), factor)
     return view.narrowed(weight) if view.parent else weight
@@ -57,14 +60,24 @@ def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Te
 
 def accumulate(into: None, grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
     """The gradient of the scores from that of the scaled weight."""
-    given = _given(view.whole.text)
-    if given is None or torch.float64 in (grad.dtype, state.dtype):
+    given, whole = _given(view.whole.text), view.whole
+    if given is None or torch.float64 in (grad.dtype, state.dtype) or grad.shape != view.shape:
+        return None
+    if state.shape != whole.shape:
         return None
     grad = (view.widened(grad) if view.parent else grad).contiguous()
-    scores, out = state.float().contiguous(), torch.empty(view.whole.shape)
+    scores = state.float().contiguous()
+    out = torch.empty(whole.shape, dtype=torch.float32, device=grad.device)
     threads = native.threads(out.numel())
-    _gradient()(given, factor, threads, scores.data_ptr(), grad.data_ptr(), out.data_ptr())
+    scratch = _scratch(given, threads, grad.device)
+    where = scores.data_ptr(), grad.data_ptr(), out.data_ptr(), scratch.data_ptr()
+    _gradient()(given, factor, threads, *where)
     return out
+
+
+def _scratch(given: _PemnView, threads: int, device: torch.device) -> Tensor:
+    """Room for a run of values for each thread, and for the prototype."""
+    return torch.empty(threads * given.to.run + given.size, dtype=torch.float64, device=device)
 
 
 def _scaled(values: Tensor, factor: float) -> Tensor:
@@ -81,12 +94,12 @@ def _select() -> Any:
 @functools.cache
 def _weight(bits: int) -> Any:
     kept = ctypes.POINTER(_Selection)
-    return native.function(f"pemn_weight_{bits}", (_VIEW, _NUMBER, _INT, _POINTER, kept, _POINTER, _POINTER))
+    return native.function(f"pemn_weight_{bits}", (_VIEW, _NUMBER, _INT, _POINTER, kept, _POINTER, _POINTER, _POINTER))
 
 
 @functools.cache
 def _gradient() -> Any:
-    return native.function("pemn_gradient", (_VIEW, _NUMBER, _INT, _POINTER, _POINTER, _POINTER))
+    return native.function("pemn_gradient", (_VIEW, _NUMBER, _INT, _POINTER, _POINTER, _POINTER, _POINTER))
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -1,7 +1,6 @@
 /* Sums over a basis of random signs on a CPU: fxrpg/basis.py's Rademacher, and its Khatri-Rao signs of rank one. */
 
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "layout.h"
@@ -50,12 +49,12 @@ static void sums_of_signs(const double *numbers, double *sums) {
         for (int s = 0; s < 1 << j; s++) sums[s + (1 << j)] = sums[s] - 2 * numbers[j];
 }
 
-/* sum_k numbers[k] v_ik for every element i, one row of numbers [32 * groups] after another: exact for whole numbers. */
+/* sum_k numbers[k] v_ik for every element i, one row of numbers [32 * groups] after another: exact for whole numbers.
+   `scratch`: a word for each group, and for each input where signs are products. */
 void signs_combine(
-    const basis_view *v, int64_t rows, int64_t groups, int threads, const double *numbers, double *out
+    const basis_view *v, int64_t rows, int64_t groups, int threads, const double *numbers, double *out, uint32_t *scratch
 ) {
-    uint32_t *columns = malloc((size_t)groups * sizeof(uint32_t));
-    uint32_t *inputs = v->inner ? malloc((size_t)v->inner * sizeof(uint32_t)) : 0;
+    uint32_t *columns = scratch, *inputs = v->inner ? scratch + groups : 0;
     words_of(v->column, v->group, groups, columns);
     if (inputs) element_words(v, 0, 0, inputs);
     int64_t chunks = (v->count + CHUNK - 1) / CHUNK;
@@ -78,16 +77,14 @@ void signs_combine(
             }
         }
     }
-    free(inputs);
-    free(columns);
 }
 
-/* The adjoint: sum_i numbers[i] v_ik, rows [32 * groups], from rows [count]. */
+/* The adjoint: sum_i numbers[i] v_ik, rows [32 * groups], from rows [count]. `scratch`: a word for each group, and for each
+   element or, where signs are products, each input. */
 void signs_project(
-    const basis_view *v, int64_t rows, int64_t groups, int threads, const double *numbers, double *out
+    const basis_view *v, int64_t rows, int64_t groups, int threads, const double *numbers, double *out, uint32_t *scratch
 ) {
-    uint32_t *columns = malloc((size_t)groups * sizeof(uint32_t));
-    uint32_t *elements = malloc((size_t)(v->inner ? v->inner : v->count) * sizeof(uint32_t));
+    uint32_t *columns = scratch, *elements = scratch + groups;
     words_of(v->column, v->group, groups, columns);
     element_words(v, 0, v->count, elements);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -119,6 +116,4 @@ void signs_project(
                 }
         }
     }
-    free(columns);
-    free(elements);
 }

@@ -42,7 +42,7 @@ def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Te
 
 def accumulate(into: None, grad: Tensor, state: Tensor, view: View, factor: float) -> Tensor | None:
     """The gradient of the coefficients from that of the scaled weight."""
-    law = _law(view)
+    law = _law(view) if grad.shape == view.shape else None
     return None if law is None else view.generator.projected(law, grad * factor, state, view)  # type: ignore[attr-defined]
 
 
@@ -65,7 +65,9 @@ class _Signs:
             given = _given(view, first, min(_SUMS, view.count - first), start, self.products)
             out = padded.new_empty(len(padded), given.count)
             threads = native.threads(given.count * groups)
-            _sums("combine")(given, len(padded), groups, threads, padded.data_ptr(), out.data_ptr())
+            scratch = torch.empty(groups + given.inner, dtype=torch.int32, device=padded.device)
+            where = padded.data_ptr(), out.data_ptr(), scratch.data_ptr()
+            _sums("combine")(given, len(padded), groups, threads, *where)
             yield out
 
     def project(self, numbers: Tensor, view: View, size: int, start: int = 0) -> Tensor:
@@ -73,7 +75,9 @@ class _Signs:
         groups = -(-size // 32)
         out = numbers.new_empty(len(numbers), 32 * groups)
         threads = native.threads(view.count * groups)
-        _sums("project")(given, len(numbers), groups, threads, numbers.data_ptr(), out.data_ptr())
+        scratch = torch.empty(groups + (given.inner or given.count), dtype=torch.int32, device=numbers.device)
+        where = numbers.data_ptr(), out.data_ptr(), scratch.data_ptr()
+        _sums("project")(given, len(numbers), groups, threads, *where)
         return out[:, :size]
 
 
@@ -107,4 +111,4 @@ _INT64, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 @functools.cache
 def _sums(name: str) -> Any:
     view = ctypes.POINTER(_BasisView)
-    return native.function(f"signs_{name}", (view, _INT64, _INT64, _INT, _POINTER, _POINTER))
+    return native.function(f"signs_{name}", (view, _INT64, _INT64, _INT, _POINTER, _POINTER, _POINTER))

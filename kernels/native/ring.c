@@ -1,7 +1,6 @@
 /* Weights of rings, and the gradients of rings, on a CPU: what fxrpg/generators/ring.py does in several passes, in one. */
 
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "layout.h"
@@ -16,6 +15,7 @@ typedef struct {
     int64_t before, after; /* added to a block's number before it is permuted, and to its image */
     int64_t hash_rows;     /* over 0: cells are hashed, to so many rows of the ring */
     int64_t arc;           /* blocks are permuted within a stretch of the ring that begins with block `after` */
+    int64_t once;          /* no two elements read the same cell */
     uint32_t cell[2], sign[2];
     int64_t reflect;
 } ring_view;

@@ -28,6 +28,7 @@ class _RingView(ctypes.Structure):
         ("after", ctypes.c_int64),
         ("hash_rows", ctypes.c_int64),
         ("arc", ctypes.c_int64),
+        ("once", ctypes.c_int64),
         ("cell", ctypes.c_uint32 * 2),
         ("sign", ctypes.c_uint32 * 2),
         ("reflect", ctypes.c_int64),
@@ -37,12 +38,12 @@ class _RingView(ctypes.Structure):
 def generate(view: View, state: Tensor, factor: float, dtype: torch.dtype) -> Tensor | None:
     """The scaled weight of `view`, in `dtype`; None where no C code covers it."""
     given = _given(view.text)
-    if given is None or not state.is_floating_point():
+    if given is None or not state.is_floating_point() or state.shape != (view.size,):
         return None
     ring: Any = view.generator
     values = ring._rounded(state).to(dtype).contiguous()
-    weight = torch.empty(view.shape, dtype=dtype)
-    _call("ring_weight", dtype, view, given, factor, values, weight)
+    weight = torch.empty(view.shape, dtype=dtype, device=state.device)
+    _call("ring_weight", view, given, factor, values, weight)
     return weight if dtype.itemsize > 2 else (weight.float() * factor).to(dtype)
 
 
@@ -52,19 +53,19 @@ def accumulate(into: Tensor | None, grad: Tensor, state: Tensor, view: View, fac
     Added to `into`, where that is given: in place, and only where the weight reads the ring.
     """
     given = _given(view.text)
-    if given is None:
+    if given is None or grad.shape != view.shape or state.shape != (view.size,):
         return None
     sparse = view.generator.sparse
-    if into is not None and reads_once(view) and not sparse:
-        _call("ring_gradient", grad.dtype, view, given, factor, grad.contiguous(), into, True)
+    if into is not None and given.once and not sparse:
+        _call("ring_gradient", view, given, factor, grad.contiguous(), into, add=True)
         return into
-    out = torch.empty(view.size, dtype=grad.dtype)
-    _call("ring_gradient", grad.dtype, view, given, factor, grad.contiguous(), out)
+    out = torch.empty(view.size, dtype=grad.dtype, device=grad.device)
+    _call("ring_gradient", view, given, factor, grad.contiguous(), out)
     out = out.mul_(state != 0) if sparse else out
     return out if into is None else into.add_(out)
 
 
-def reads_once(view: View) -> bool:
+def _reads_once(view: View) -> bool:
     """Whether no two elements of the weight read the same cell."""
     ring: Any = view.generator
     padded = -(-view.count // ring.block) * ring.block
@@ -72,24 +73,20 @@ def reads_once(view: View) -> bool:
 
 
 def _call(
-    name: str,
-    dtype: torch.dtype,
-    view: View,
-    given: _RingView,
-    factor: float,
-    source: Tensor,
-    to: Tensor,
-    add: bool = False,
+    name: str, view: View, given: _RingView, factor: float, source: Tensor, to: Tensor, add: bool = False
 ) -> None:
-    call = _function(f"{name}_{_NAMES[dtype.itemsize]}")
-    call(given, factor, native.threads(view.count), add, source.data_ptr(), to.data_ptr())
+    threads = native.threads(view.count)
+    rows = 0 if name == "ring_weight" and given.to.flat else threads * given.to.run
+    scratch = source.new_empty(view.count if name == "ring_gradient" and not given.once else rows)
+    call = _function(f"{name}_{_NAMES[source.dtype.itemsize]}")
+    call(given, factor, threads, add, source.data_ptr(), to.data_ptr(), scratch.data_ptr())
 
 
 @functools.cache
 def _function(name: str) -> Any:
     pointer = ctypes.c_void_p
     return native.function(
-        name, (ctypes.POINTER(_RingView), ctypes.c_double, ctypes.c_int, ctypes.c_int, pointer, pointer)
+        name, (ctypes.POINTER(_RingView), ctypes.c_double, ctypes.c_int, ctypes.c_int, pointer, pointer, pointer)
     )
 
 
@@ -104,7 +101,7 @@ def _given(text: str) -> _RingView | None:
         return None
     place, arc = view.offset // ring.block, ring.layout == "arc"
     given = _RingView(to=to, first=view.first, block=ring.block, size=view.size)
-    given.arc, given.reflect = arc, ring.reflect
+    given.arc, given.reflect, given.once = arc, ring.reflect, _reads_once(view)
     given.before, given.after = (0, place) if arc else (place, 0)
     given.sign[:] = stream_keys(view.seed, SIGN, view.tensor)
     if ring.layout == "hash":

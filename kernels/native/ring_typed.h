@@ -84,23 +84,24 @@ static inline void NAMED(collect)(const layout *to, const WORD *in, WORD *row) {
         for (int64_t k = 0; k < taps; k++) row[k * inner + i] = in[k * to->strides[1] + i * to->strides[2]];
 }
 
-void NAMED(ring_weight)(const ring_view *v, double scale, int threads, int add, const void *ring, void *weight) {
-    (void)add; /* a weight is written */
+/* `scratch`: one row for each thread, of a weight that is not flat. */
+void NAMED(ring_weight)(
+    const ring_view *v, double scale, int threads, int add, const void *ring, void *weight, void *scratch
+) {
     const layout *to = &v->to;
     int64_t count = elements(to), run = run_of(to), runs = runs_of(to);
     double reciprocal = 1.0 / (double)v->size;
     int flat = is_flat(to);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        WORD *row = flat ? 0 : malloc((size_t)run * sizeof(WORD));
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < runs; r++) {
+    (void)add; /* a weight is written */
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        WORD *row = (WORD *)scratch + t * run;
+        for (int64_t r = runs * t / threads; r < runs * (t + 1) / threads; r++) {
             int64_t begin = r * run, end = least(begin + run, count);
             WORD *out = (WORD *)weight + (flat ? begin : r * to->strides[0]);
             NAMED(read)(v, reciprocal, (VALUE)scale, ring, begin, end, flat ? out : row);
             if (!flat) NAMED(spread)(to, row, out);
         }
-        free(row);
     }
 }
 
@@ -134,39 +135,37 @@ static void NAMED(put)(
     }
 }
 
-/* The gradient of the ring from that of a scaled weight, in `out`, or added to what is there. Where no two elements share a cell, row by row. Else every thread
-   owns a stretch of the ring and passes over all blocks in order: a cell's sum has one order for any number of threads. */
-void NAMED(ring_gradient)(const ring_view *v, double scale, int threads, int add, const void *gradient, void *out) {
+/* The gradient of the ring from that of a scaled weight, in `out`, or added to what is there. Where no two elements share a
+   cell (`once`), row by row, with a row of `scratch` for each thread. Else `scratch` holds all elements, every thread owns a
+   stretch of the ring and passes over all blocks in order: a cell's sum has one order for any number of threads. */
+void NAMED(ring_gradient)(
+    const ring_view *v, double scale, int threads, int add, const void *gradient, void *out, void *scratch
+) {
     const layout *to = &v->to;
     int64_t count = elements(to), run = run_of(to), runs = runs_of(to), size = v->size;
     double reciprocal = 1.0 / (double)size;
     int64_t base = v->arc ? modulo(v->after * v->block, size, reciprocal) : 0;
-    int once = v->arc && !v->first && (count + v->block - 1) / v->block * v->block <= size;
     int flat = is_flat(to);
-    VALUE *all = once ? 0 : malloc((size_t)count * sizeof(VALUE));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        VALUE *row = once ? malloc((size_t)run * sizeof(VALUE)) : 0;
-#pragma omp for schedule(static)
-        for (int t = 0; t < (add ? 0 : threads); t++) {
+    if (!add)
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+        for (int t = 0; t < threads; t++) {
             int64_t low = size * t / threads, high = size * (t + 1) / threads;
             memset((VALUE *)out + low, 0, (size_t)(high - low) * sizeof(VALUE));
         }
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < runs; r++) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+    for (int t = 0; t < threads; t++)
+        for (int64_t r = runs * t / threads; r < runs * (t + 1) / threads; r++) {
             int64_t begin = r * run, end = least(begin + run, count);
-            VALUE *values = once ? row : all + begin;
+            VALUE *values = (VALUE *)scratch + (v->once ? t * run : begin);
             const WORD *in = (const WORD *)gradient + (flat ? begin : r * to->strides[0]);
             if (!flat) NAMED(collect)(to, in, (WORD *)values);
             NAMED(turned)(v, (VALUE)scale, begin, end, flat ? in : (WORD *)values, (WORD *)values);
-            if (once) NAMED(put)(v, reciprocal, base, 0, size, begin, end, values, out);
+            if (v->once) NAMED(put)(v, reciprocal, base, 0, size, begin, end, values, out);
         }
-        free(row);
-#pragma omp for schedule(static)
-        for (int t = 0; t < (once ? 0 : threads); t++)
-            NAMED(put)(v, reciprocal, 0, size * t / threads, size * (t + 1) / threads, 0, count, all, out);
-    }
-    free(all);
+    if (!v->once)
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
+        for (int t = 0; t < threads; t++)
+            NAMED(put)(v, reciprocal, 0, size * t / threads, size * (t + 1) / threads, 0, count, scratch, out);
 }
 #endif
 
